@@ -1,0 +1,148 @@
+"""Choice of data set and transform."""
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets.folder import default_loader
+
+from folder2lmdb import ImageFolderLMDB
+from utils import InputError, seeded
+
+INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 scanned handwritten digits, 8×8 pixels in 17 grey levels: (RGB picture, label).
+
+    They come with the package, so nothing is downloaded. 1,437 to train, 360 to validate, always the same.
+    """
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, train, transform=None):
+        digits = load_digits()
+        order = np.random.RandomState(0).permutation(len(digits.target))    # the scans stand ordered by writer
+        indices = order[:1437] if train else order[1437:]
+        self.images = (digits.images[indices] * (255 / 16)).astype(np.uint8)
+        self.targets = digits.target[indices].tolist()
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        image = Image.fromarray(self.images[index]).convert('RGB')
+        return self.transform(image) if self.transform else image, self.targets[index]
+
+
+class INaturalist(Dataset):
+    """iNaturalist 2018 or 2019: (RGB picture, label).
+
+    `{train,val}{year}.json` lists the images, `categories.json` the categories. An image named
+    `<dir>/<supercategory>/<category id>/<file>` lies at `<dir>/<category id>/<file>`. A class is the category's
+    `category` (its name, genus, …), numbered in order of first appearance in the training annotations.
+    """
+
+    def __init__(self, root, train, year, category='name', transform=None):
+        root = Path(root)
+        taxa = {taxon.get('id', i): taxon[category] for i, taxon in enumerate(_read_json(root / 'categories.json'))}
+        training = _read_json(root / f'train{year}.json')
+        listed = training if train else _read_json(root / f'val{year}.json')
+        self.classes = list(dict.fromkeys(taxa[entry['category_id']] for entry in training['annotations']))
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.samples = []
+        for entry in listed['images']:
+            folder, _, category_id, file = entry['file_name'].split('/')
+            self.samples.append((root / folder / category_id / file, number[taxa[int(category_id)]]))
+        self.targets = [label for _, label in self.samples]
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        image = default_loader(path)
+        return self.transform(image) if self.transform else image, label
+
+
+def _read_json(path):
+    if not path.is_file():
+        raise InputError(f'{path} is missing; iNaturalist needs it beside the images')
+    return json.loads(path.read_text())
+
+
+class SeededDataset(Dataset):
+    """A data set asked for (index, key), whose augmentation is drawn from the key (see `utils.seed_all`)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        index, key = item
+        with seeded(*key):
+            return self.dataset[index]
+
+
+def build_dataset(is_train, args):
+    """The training or the validation set of `args.data_set`; its `classes` are named, its samples transformed."""
+    transform = build_transform(is_train, args)
+    if args.data_set == 'DIGITS':
+        return Digits(is_train, transform)
+    root, split = Path(args.data_path), 'train' if is_train else 'val'
+    if not root.is_dir():
+        raise InputError(f'--data-path {root} is not a folder')
+    if args.data_set == 'CIFAR':
+        try:
+            return CIFAR100(root, train=is_train, transform=transform)
+        except RuntimeError:
+            raise InputError(f'{root} has no cifar-100-python folder; unpack cifar-100-python.tar.gz there') from None
+    if args.data_set in ('INAT', 'INAT19'):
+        year = 2018 if args.data_set == 'INAT' else 2019
+        return INaturalist(root, is_train, year, args.inat_category, transform)
+    if args.use_lmdb:
+        return ImageFolderLMDB(root / f'{split}.lmdb', transform)
+    if not (root / split).is_dir():
+        raise InputError(f'--data-path {root} has no {split}/ folder; {split}/<class>/<image> is expected')
+    try:
+        return ImageFolder(root / split, transform)
+    except FileNotFoundError as error:
+        raise InputError(str(error).splitlines()[0]) from None
+
+
+def check_same_classes(dataset_train, dataset_val):
+    """InputError, naming the first ones, where the two sets do not have the same classes."""
+    lacking = [f'{name} is in {inside} only'
+               for inside, outside, places in (('train', dataset_val, dataset_train), ('val', dataset_train, dataset_val))
+               for name in places.classes if name not in set(outside.classes)]
+    if lacking:
+        more = f', and {len(lacking) - 3} more' if len(lacking) > 3 else ''
+        raise InputError(f'train and val differ in their classes: {", ".join(lacking[:3])}{more}')
+
+
+def build_transform(is_train, args):
+    """PIL picture → normalised float32 tensor (3, S, S): the DeiT recipe, or what digits bear of it."""
+    size, digits = args.input_size, args.data_set == 'DIGITS'
+    if is_train:
+        # A digit is upright and fills its picture: no mirroring, and crops that leave it whole
+        gentle = dict(scale=(0.7, 1.), ratio=(0.9, 1.1), hflip=0.) if digits else {}
+        transform = create_transform(
+            size, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
+            interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
+            **gentle)
+        if size <= 32 and not digits:
+            # Pictures of this size (CIFAR) are not enlarged: a shift replaces the resized crop
+            transform.transforms[0] = transforms.RandomCrop(size, padding=4)
+        return transform
+    bicubic = transforms.InterpolationMode.BICUBIC
+    resize = transforms.Resize((size, size) if digits else int(256 / 224 * size), bicubic)
+    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.ToTensor(),
+                               transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])

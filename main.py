@@ -1,0 +1,510 @@
+"""Train, evaluate, finetune, measure and look at an EViT or any other timm model: `python main.py --help`.
+
+One path for a CPU, a GPU and, started by torchrun, many GPUs.
+"""
+import argparse
+import datetime
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+from tensorboardX import SummaryWriter
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import models_evit
+import utils
+from datasets import INAT_CATEGORIES, SeededDataset, build_dataset, check_same_classes
+from engine import evaluate, keep_rate_at, train_one_epoch
+from losses import DistillationLoss
+from samplers import EvalSampler, TrainSampler
+from utils import InputError, log
+
+TOKEN_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
+
+
+# --- Command line ---------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def keep_rate(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f'a keep rate lies in (0, 1], not {text}')
+    return value
+
+
+def block_numbers(text):
+    try:
+        return tuple(int(number) for number in text.strip('()[] ').rstrip(',').split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of block numbers such as 3,6,9') from None
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not a number from 1 up')
+    return value
+
+
+def count(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'{text} is not a number from 0 up')
+    return value
+
+
+def get_args_parser():
+    parser = Parser(description='EViT: training and evaluation', allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group('tokens (EViT models only)').add_argument
+    add('--base-keep-rate', type=keep_rate, default=0.7, help='share of tokens kept; some models have another default')
+    add('--fuse-token', action='store_true', help='fuse the tokens that are not kept into one')
+    add('--drop-loc', type=block_numbers, default=(3, 6, 9), help='blocks that reorganise, from 0')
+    add('--shrink-start-epoch', type=count, default=10, help='first epoch in which the keep rate falls from 1')
+    add('--shrink-epochs', type=count, default=0, help='epochs it takes to fall to the base keep rate')
+
+    add = parser.add_argument_group('modes').add_argument
+    add('--eval', action='store_true', help='evaluate a checkpoint and exit')
+    add('--test-speed', action='store_true', help='measure throughput and MACs before the run')
+    add('--only-test-speed', action='store_true', help='measure throughput and MACs and exit')
+    add('--visualize-mask', action='store_true', help='write pictures of the patches that are kept and exit')
+    add('--n-visualization', type=positive_int, default=128, help='number of images to visualize')
+
+    add = parser.add_argument_group('model').add_argument
+    add('--model', default='deit_small_patch16_shrink_base', help='a model of models_evit.py or any of timm')
+    add('--input-size', type=positive_int, default=224, help='pixels')
+    add('--drop', type=float, default=0.0, help='dropout rate of the head')
+    add('--drop-path', type=float, default=0.1, help='stochastic depth rate')
+    add('--model-ema', action='store_true', default=True, help='keep a moving average of the weights')
+    add('--no-model-ema', action='store_false', dest='model_ema')
+    add('--model-ema-decay', type=float, default=0.99996)
+    add('--model-ema-force-cpu', action='store_true', help='keep it in main memory')
+
+    add = parser.add_argument_group('optimizer').add_argument
+    add('--opt', default='adamw', help="an optimizer by timm's name")
+    add('--opt-eps', type=float, default=1e-8)
+    add('--opt-betas', type=float, nargs=2, help="None: the optimizer's own")
+    add('--clip-grad', type=float, help='largest norm of the gradient; None: any')
+    add('--momentum', type=float, default=0.9)
+    add('--weight-decay', type=float, default=0.05)
+
+    add = parser.add_argument_group('schedule').add_argument
+    add('--epochs', type=positive_int, default=300)
+    add('--batch-size', type=positive_int, default=64, help='images a process; validation takes 1.5 times as many')
+    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly'])
+    add('--lr', type=float, default=5e-4, help='learning rate, times global batch size / 512')
+    add('--lr-noise', type=float, nargs='+', help='where noise on the rate begins and ends, as shares of the epochs')
+    add('--lr-noise-pct', type=float, default=0.67)
+    add('--lr-noise-std', type=float, default=1.0)
+    add('--warmup-lr', type=float, default=1e-6)
+    add('--min-lr', type=float, default=1e-5)
+    add('--decay-epochs', type=float, default=30)
+    add('--warmup-epochs', type=count, default=5)
+    add('--patience-epochs', type=count, default=10)
+    add('--decay-rate', type=float, default=0.1)
+
+    add = parser.add_argument_group('augmentation').add_argument
+    add('--color-jitter', type=float, default=0.4, help='where --aa is empty')
+    add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's AutoAugment policy, or '' for none")
+    add('--smoothing', type=float, default=0.1, help='label smoothing')
+    add('--train-interpolation', default='bicubic', choices=['random', 'bilinear', 'bicubic'])
+    add('--repeated-aug', action='store_true', default=True, help='three augmented copies of an image in an epoch')
+    add('--no-repeated-aug', action='store_false', dest='repeated_aug')
+    add('--reprob', type=float, default=0.25, help='random erasing: probability')
+    add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='random erasing: fill')
+    add('--recount', type=positive_int, default=1, help='random erasing: number of regions')
+    add('--mixup', type=float, default=0.8, help='alpha of mixup; 0: none')
+    add('--cutmix', type=float, default=1.0, help='alpha of cutmix; 0: none')
+    add('--cutmix-minmax', type=float, nargs=2, help='smallest and largest share of cutmix, instead of alpha')
+    add('--mixup-prob', type=float, default=1.0, help='probability that a batch is mixed at all')
+    add('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix where both are on')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'])
+
+    add = parser.add_argument_group('distillation').add_argument
+    add('--teacher-model', default='regnety_160', help="timm's name")
+    add('--teacher-path', help='checkpoint or https address of the teacher')
+    add('--distillation-type', default='none', choices=['none', 'soft', 'hard'])
+    add('--distillation-alpha', type=float, default=0.5)
+    add('--distillation-tau', type=float, default=1.0)
+
+    add = parser.add_argument_group('finetuning').add_argument
+    add('--finetune', metavar='CHECKPOINT', help='start from these weights, of another head or resolution even')
+
+    add = parser.add_argument_group('data').add_argument
+    add('--data-path', help='folder of the data set')
+    add('--data-set', choices=['DIGITS', 'IMNET', 'CIFAR', 'INAT', 'INAT19'],
+        help='None: IMNET (train/<class>/<image>, val/…) where --data-path is given, else DIGITS')
+    add('--use-lmdb', action='store_true', help='read train.lmdb and val.lmdb instead of folders')
+    add('--inat-category', default='name', choices=INAT_CATEGORIES)
+    add('--num-workers', type=count, default=min(10, os.cpu_count()), help='processes that load data')
+    add('--pin-mem', action='store_true', default=True)
+    add('--no-pin-mem', action='store_false', dest='pin_mem')
+
+    add = parser.add_argument_group('run').add_argument
+    add('--output-dir', default='', help="'': nothing is saved")
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16', 'float32'],
+        help='auto: bfloat16 on a GPU that has it, float16 on another, float32 on a CPU')
+    add('--seed', type=count, default=0)
+    add('--resume', default='', metavar='CHECKPOINT', help='go on from it, file or https address')
+    add('--start-epoch', type=count, default=0)
+    add('--eval-interval', type=positive_int, default=1, help='epochs')
+    add('--print-freq', type=positive_int, default=50, help='steps')
+    add('--dist-eval', action='store_true', help='share the evaluation among the processes')
+    add('--world-size', type=positive_int, default=1, help='number of processes, unless the environment tells it')
+    add('--dist-url', default='env://', help='where the processes meet')
+    return parser
+
+
+def with_dashes(flag):
+    name, equals, value = flag.partition('=')
+    return name.replace('_', '-') + equals + value
+
+
+def parse_args(argv):
+    """The command line as a Namespace, every flag accepted with - and with _; exits with status 2 where it is wrong."""
+    parser = get_args_parser()
+    argv = [with_dashes(text) if text.startswith('--') else text for text in argv]
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(TOKEN_FLAGS)))       # None where not typed
+    token_flags = ['--' + name for name in TOKEN_FLAGS if getattr(args, name) is not None]
+    if args.model in models_evit.VARIANTS:
+        parser.set_defaults(base_keep_rate=models_evit.VARIANTS[args.model].keep_rate)
+        args = parser.parse_args(argv)
+    if args.data_set is None:
+        args.data_set = 'IMNET' if args.data_path else 'DIGITS'
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+    for wrong, message in (
+            (not timm.is_model(args.model), f'--model {args.model} is neither in models_evit.py nor in timm'),
+            (token_flags and args.model not in models_evit.VARIANTS,
+             f'{", ".join(token_flags)}: {args.model} does not reorganise tokens; '
+             f'take a model of models_evit.py or leave the flag out'),
+            (args.data_set != 'DIGITS' and not args.data_path, f'--data-set {args.data_set} needs --data-path'),
+            (args.use_lmdb and args.data_set != 'IMNET', '--use-lmdb goes with --data-set IMNET and --data-path'),
+            (args.distillation_type != 'none' and not args.teacher_path,
+             f'--distillation-type {args.distillation_type} needs --teacher-path'),
+            (args.distillation_type != 'none' and 'distilled' not in args.model,
+             f'--distillation-type {args.distillation_type} needs a model with a distillation token, not {args.model}'),
+            (mixed and args.batch_size % 2 and not args.eval, f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
+            (args.eval and not (args.resume or args.finetune), '--eval needs --resume CHECKPOINT')):
+        if wrong:
+            parser.error(message)
+    return args
+
+
+# --- What a run is made of ------------------------------------------------------------------------------------------
+
+def build_loaders(args, device):
+    """Loaders of (images, labels): of training, None where the run only evaluates, and of validation."""
+    dataset_train = None if evaluates_only(args) else build_dataset(True, args)
+    dataset_val = build_dataset(False, args)
+    options = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == 'cuda',
+                   persistent_workers=args.num_workers > 0)
+    shares = (utils.world_size(), utils.rank()) if args.dist_eval else (1, 0)
+    loader_val = DataLoader(dataset_val, int(1.5 * args.batch_size), sampler=EvalSampler(dataset_val, *shares),
+                            **options)
+    if dataset_train is None:
+        return None, loader_val
+    check_same_classes(dataset_train, dataset_val)
+    sampler = TrainSampler(dataset_train, utils.world_size(), utils.rank(), args.seed, args.repeated_aug)
+    if len(sampler) < args.batch_size:
+        raise InputError(f'{len(dataset_train)} training images on {utils.world_size()} process(es) are fewer than '
+                         f'one batch of {args.batch_size}; lower --batch-size')
+    loader_train = DataLoader(SeededDataset(dataset_train), args.batch_size, sampler=sampler, drop_last=True, **options)
+    return loader_train, loader_val
+
+
+def evaluates_only(args):
+    return args.eval or args.visualize_mask
+
+
+def build_model(args, num_classes):
+    """The model on the CPU, with new weights."""
+    takes_img_size = timm.get_pretrained_cfg(args.model).fixed_input_size
+    try:
+        model = timm.create_model(
+            args.model, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
+            img_size=args.input_size if takes_img_size else None,
+            base_keep_rate=args.base_keep_rate, fuse_token=args.fuse_token, drop_loc=args.drop_loc)
+    except ValueError as error:
+        raise InputError(f'--model {args.model}: {error}') from None
+    patch_size = model.patch_embed.patch_size[0] if hasattr(model, 'patch_embed') else 1
+    if args.input_size % patch_size:
+        raise InputError(f'--input-size {args.input_size} is no multiple of the patch size {patch_size}')
+    return model
+
+
+def build_criterion(args, num_classes, device):
+    """Mixup, or None, and the loss that goes with it."""
+    mixup, base_criterion = None, torch.nn.CrossEntropyLoss()
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
+        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                      args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+        base_criterion = SoftTargetCrossEntropy()
+    elif args.smoothing:
+        base_criterion = LabelSmoothingCrossEntropy(args.smoothing)
+    teacher = None
+    if args.distillation_type != 'none':
+        teacher = timm.create_model(args.teacher_model, num_classes=num_classes).to(device).eval()
+        utils.load_weights(teacher, utils.load_checkpoint(args.teacher_path)['model'], args.teacher_path)
+    return mixup, DistillationLoss(base_criterion, teacher, args.distillation_type, args.distillation_alpha,
+                                   args.distillation_tau)
+
+
+def choose_amp_dtype(name, device):
+    """The torch.dtype that --amp-dtype stands for on a device."""
+    if name != 'auto':
+        return getattr(torch, name)
+    if device.type == 'cpu':
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_finetune(model, source):
+    """Start from a checkpoint that may have another head or another resolution; say what is dropped or resized."""
+    weights, own = utils.load_checkpoint(source)['model'], model.state_dict()
+    classifiers = model.pretrained_cfg['classifier']
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    head = {f'{name}.{part}' for name in classifiers for part in ('weight', 'bias')}
+    for key in sorted(head & weights.keys() & own.keys()):
+        if weights[key].shape != own[key].shape:
+            log(f'{source}: dropped {key} {list(weights[key].shape)}, the model has {list(own[key].shape)}')
+            del weights[key]
+    old = weights.get('pos_embed')
+    if old is not None and 'pos_embed' in own and old.shape != own['pos_embed'].shape:
+        grid_size = math.isqrt(max(0, old.shape[1] - model.num_prefix_tokens))
+        if grid_size ** 2 == old.shape[1] - model.num_prefix_tokens:
+            weights['pos_embed'] = models_evit.resize_pos_embed(old, model)
+            log(f'{source}: resized pos_embed from {grid_size}×{grid_size} patches to '
+                f'{"×".join(map(str, model.patch_embed.grid_size))}')
+    utils.load_weights(model, weights, source, optional=head)
+
+
+class Training:
+    """What a run changes, and so what a checkpoint holds.
+
+    Nothing random is among it, because every draw is a function of seed, epoch and position (`utils.seed_all`).
+    """
+
+    def __init__(self, args, model, device):
+        self.model = model
+        lr = args.lr * args.batch_size * utils.world_size() / 512
+        try:
+            self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr})
+        except ValueError as error:
+            raise InputError(f'--opt {args.opt}: {error}') from None
+        self.lr_scheduler, _ = create_scheduler(args, self.optimizer)
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=choose_amp_dtype(args.amp_dtype, device) == torch.float16)
+        self.model_ema = None
+        if args.model_ema:
+            ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
+            self.model_ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
+        self.epoch = args.start_epoch
+        self.best_acc1 = 0.
+
+    def checkpoint(self, args):
+        """The checkpoint of a run that has finished the epoch before `self.epoch`."""
+        return {
+            'model': self.model.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'lr_scheduler': self.lr_scheduler.state_dict(),
+            'epoch': self.epoch - 1,
+            'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
+            'scaler': self.scaler.state_dict(),
+            'best_acc1': self.best_acc1,
+            'args': vars(args),
+        }
+
+    def resume(self, checkpoint, source):
+        """Go on after a checkpoint; one without an optimizer gives its weights alone."""
+        utils.load_weights(self.model, checkpoint['model'], source)
+        if self.model_ema and checkpoint.get('model_ema'):
+            utils.load_weights(self.model_ema.module, checkpoint['model_ema'], f'model_ema of {source}')
+        elif self.model_ema:
+            self.model_ema.set(self.model)
+        if 'optimizer' not in checkpoint:
+            log(f'{source} has no optimizer: training starts at epoch {self.epoch} with its weights')
+            return
+        try:
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+        except ValueError as error:
+            raise InputError(f'{source} was trained with another optimizer: {error}') from None
+        self.lr_scheduler.load_state_dict(checkpoint['lr_scheduler'])
+        if checkpoint.get('scaler'):
+            self.scaler.load_state_dict(checkpoint['scaler'])
+        self.epoch = checkpoint['epoch'] + 1
+        self.best_acc1 = checkpoint.get('best_acc1', 0.)
+
+
+def read_resume(args):
+    """The checkpoint of --resume; says which settings that change its accuracy it was trained with, if others."""
+    checkpoint = utils.load_checkpoint(args.resume)
+    trained = checkpoint.get('args', {})
+    trained = trained if isinstance(trained, dict) else vars(trained)
+    for name in ('model', 'input_size', 'base_keep_rate', 'fuse_token', 'drop_loc'):
+        if name in trained and str(trained[name]) != str(getattr(args, name)):
+            log(f'note: {args.resume} was trained with {name} {trained[name]}, this run has {getattr(args, name)}')
+    return checkpoint
+
+
+# --- What a run does ------------------------------------------------------------------------------------------------
+
+def test_accuracy(args, model, loader, device, name='network'):
+    """Evaluate, and print the figure that everybody looks for; → dict of `engine.evaluate`."""
+    stats = evaluate(model, loader, device=device, amp_dtype=choose_amp_dtype(args.amp_dtype, device),
+                     sharded=args.dist_eval, print_freq=args.print_freq)
+    log(f'Accuracy of the {name} on the {stats["images"]} test images: {stats["acc1"]:.2f}%')
+    return stats
+
+
+def run_evaluation(args, model, loader, device):
+    """Evaluate the checkpoint of --resume, its moving average too if it has one, or that of --finetune."""
+    if not args.resume:
+        test_accuracy(args, model, loader, device)
+        return
+    checkpoint = read_resume(args)
+    utils.load_weights(model, checkpoint['model'], args.resume)
+    test_accuracy(args, model, loader, device)
+    if args.model_ema and checkpoint.get('model_ema'):
+        utils.load_weights(model, checkpoint['model_ema'], f'model_ema of {args.resume}')
+        test_accuracy(args, model, loader, device, 'EMA network')
+
+
+def set_training_mode(model, args):
+    """Train mode; eval mode while finetuning, which the published recipe does without dropout and drop path."""
+    model.train(not args.finetune)
+    if args.distillation_type != 'none':
+        # The model's own flag, not its layers', tells timm's distilled models to return both heads
+        model.training = True
+        model.set_distilled_training()
+
+
+def train(args, training, loader_train, loader_val, num_classes, device):
+    """Train to the last epoch; after each, evaluate, save and log."""
+    model, steps = training.model, len(loader_train)
+    mixup, criterion = build_criterion(args, num_classes, device)
+    keep_rate_of_step = None
+    if args.model in models_evit.VARIANTS:
+        def keep_rate_of_step(step):
+            return keep_rate_at(training.epoch * steps + step, steps, args.shrink_start_epoch, args.shrink_epochs,
+                                args.base_keep_rate)
+    parallel = model
+    if torch.distributed.is_initialized():
+        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+    output = RunOutput(args, training.epoch)
+    start = time.perf_counter()
+    while training.epoch < args.epochs:
+        epoch = training.epoch
+        set_training_mode(model, args)
+        loader_train.sampler.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            parallel, criterion, loader_train, training.optimizer, epoch, device=device, scaler=training.scaler,
+            amp_dtype=choose_amp_dtype(args.amp_dtype, device), seed=args.seed, keep_rate=keep_rate_of_step,
+            mixup=mixup, model_ema=training.model_ema, clip_grad=args.clip_grad, print_freq=args.print_freq)
+        training.lr_scheduler.step(epoch)
+        training.epoch += 1
+        stats = {f'train_{key}': value for key, value in train_stats.items()}
+        best = False
+        if training.epoch % args.eval_interval == 0 or training.epoch == args.epochs:
+            stats |= test_stats(args, training, loader_val, device)
+            best = stats['test_acc1'] >= training.best_acc1
+            training.best_acc1 = max(training.best_acc1, stats['test_acc1'])
+            log(f'Max accuracy: {training.best_acc1:.2f}%')
+        output.save(training.checkpoint(args), best)
+        output.write(stats, epoch, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    output.close()
+    log(f'Training time {datetime.timedelta(seconds=round(time.perf_counter() - start))}')
+
+
+def test_stats(args, training, loader, device):
+    """Figures of the model, and of its moving average beside it, for the log."""
+    stats = test_accuracy(args, training.model, loader, device)
+    if training.model_ema and not args.model_ema_force_cpu:
+        ema_stats = test_accuracy(args, training.model_ema.module, loader, device, 'EMA network')
+        stats |= {f'ema_{key}': value for key, value in ema_stats.items()}
+    return {f'test_{key}': value for key, value in stats.items() if not key.endswith('images')}
+
+
+class RunOutput:
+    """The output folder of the first process: checkpoints, log.txt (a JSON line an epoch), TensorBoard scalars."""
+
+    def __init__(self, args, epoch):
+        self.folder = Path(args.output_dir) if args.output_dir and utils.rank() == 0 else None
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f'--output-dir {self.folder} cannot be made: {error.strerror}') from None
+            self.writer = SummaryWriter(str(self.folder), purge_step=epoch)
+
+    def save(self, checkpoint, best):
+        if self.folder:
+            names = ['checkpoint.pth', 'best_checkpoint.pth'] if best else ['checkpoint.pth']
+            utils.save_checkpoint(checkpoint, *(self.folder / name for name in names))
+
+    def write(self, stats, epoch, num_parameters):
+        if self.folder:
+            with (self.folder / 'log.txt').open('a') as file:
+                file.write(json.dumps({**stats, 'epoch': epoch, 'n_parameters': num_parameters}) + '\n')
+            for name, value in stats.items():
+                self.writer.add_scalar(name.replace('_', '/', 1), value, epoch)
+            self.writer.flush()
+
+    def close(self):
+        if self.folder:
+            self.writer.close()
+
+
+def main(args):
+    device = utils.init_process_group(args.device, args.dist_url, args.world_size)
+    torch.backends.cudnn.benchmark = True
+    utils.seed_all(args.seed)
+    loader_train, loader_val = build_loaders(args, device)
+    num_classes = len(loader_val.dataset.classes)
+    model = build_model(args, num_classes)
+    if args.finetune and not args.resume:
+        load_finetune(model, args.finetune)
+    model.to(device)
+    log(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.data_set}: '
+        f'{len(loader_train.dataset) if loader_train else 0:,} training and {len(loader_val.dataset):,} test images, '
+        f'{num_classes} classes; {utils.world_size()} process(es) on {device.type}, '
+        f'{choose_amp_dtype(args.amp_dtype, device)}')
+    if args.eval:
+        run_evaluation(args, model, loader_val, device)
+        return
+    training = Training(args, model, device)
+    if args.resume:
+        training.resume(read_resume(args), args.resume)
+    train(args, training, loader_train, loader_val, num_classes, device)
+
+
+def run():
+    """The program: an expected failure is one line, and the exit status 2 where the input is to blame."""
+    try:
+        main(parse_args(sys.argv[1:]))
+        utils.leave_process_group()
+    except (InputError, FloatingPointError) as error:
+        if utils.local_rank() == 0:
+            print(f'main.py: error: {error}', file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+if __name__ == '__main__':
+    run()

@@ -1,0 +1,86 @@
+"""What the tests share: the modules under test, reference weights, small data sets, main.py as a process."""
+import json
+import math
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Settings under which a training step of the tiny model takes milliseconds
+TINY = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--input-size', '32', '--batch-size', '64',
+        '--warmup-epochs', '0', '--shrink_start_epoch', '0', '--lr', '2.4e-3', '--num_workers', '0', '--device', 'cpu']
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'gpu: needs a CUDA device')
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason='no CUDA device'))
+
+
+def reference(name):
+    """Figures of the original code, in float64 (tests/data)."""
+    return json.loads((ROOT / 'tests' / 'data' / name).read_text())
+
+
+def reference_weights(model):
+    """The weights that the reference figures are for: every tensor drawn from a generator seeded by its name."""
+    return {key: torch.from_numpy(_reference_weight(key, tuple(value.shape)))
+            for key, value in model.state_dict().items()}
+
+
+def _reference_weight(key, shape):
+    draw = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+    if key.endswith(('norm1.weight', 'norm2.weight')) or key == 'norm.weight':
+        return 1 + 0.1 * draw
+    if key.endswith('.bias'):
+        return 0.05 * draw
+    if key in ('cls_token', 'pos_embed'):
+        return 0.3 * draw
+    if 'qkv' in key:
+        return draw * (1.6 * shape[1] ** -0.5)
+    return draw * math.prod(shape[1:]) ** -0.5
+
+
+def reference_images(seed, batch, size):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal((batch, 3, size, size)).astype(np.float32))
+
+
+def run_main(*arguments, processes=0, check=True):
+    """main.py as its users start it, by torchrun where `processes` are asked for; → CompletedProcess."""
+    python = [sys.executable]
+    if processes:
+        python += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'} if processes else os.environ
+    done = subprocess.run([*python, str(ROOT / 'main.py'), *map(str, arguments)], capture_output=True, text=True,
+                          env=environment, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory):
+    """A tree of 3 classes, 24 training and 9 validation images, in which the colour tells the class."""
+    from PIL import Image
+    root = tmp_path_factory.mktemp('tree')
+    generator = np.random.RandomState(0)
+    for split, number in (('train', 8), ('val', 3)):
+        for label, name in enumerate(('blue', 'green', 'red')):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                pixels = generator.randint(0, 100, (40, 50, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 150
+                Image.fromarray(pixels).save(folder / f'{i}.png')
+    return root

@@ -1,0 +1,301 @@
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import models_evit
+from conftest import reference, reference_images, reference_weights
+from models_evit import VARIANTS, class_attention, num_kept, reorganize_tokens, resize_pos_embed
+
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    kwargs = dict(img_size=64, num_classes=10, base_keep_rate=0.7) | kwargs
+    return timm.create_model('deit_tiny_patch16_shrink_base', **kwargs).eval()
+
+
+def kept_patches(kept, num_patches, fused):
+    """Positions of each stage, traced back to image patches by a plain loop; -1 stands for a fused token."""
+    alive = [list(range(num_patches)) for _ in kept[0]]
+    stages = []
+    for idx in kept:
+        alive = [[tokens[i] for i in row.tolist()] for tokens, row in zip(alive, idx)]
+        stages.append([sorted(tokens) for tokens in alive])
+        alive = [tokens + [-1] * fused for tokens in alive]
+    return stages
+
+
+# --- The original's figures -----------------------------------------------------------------------------------------
+
+def reference_model(case, **kwargs):
+    model = timm.create_model(
+        f'deit_{case["size"]}_patch16_shrink_base', base_keep_rate=case['base_keep_rate'], drop_loc=case['drop_loc'],
+        fuse_token=case['fuse_token'], num_classes=case['num_classes'], **kwargs)
+    model.load_state_dict(reference_weights(model))
+    return model
+
+
+@pytest.mark.parametrize('case', reference('forward.json'), ids=lambda case: '-'.join(
+    str(case[key]) for key in ('size', 'base_keep_rate', 'fuse_token', 'input_size', 'call_keep_rate')))
+def test_forward_is_the_originals(case):
+    model = reference_model(case, img_size=case['model_img_size']).eval()
+    if case['input_size'] != case['model_img_size']:
+        model.set_input_size((case['input_size'], case['input_size']))
+    tokens_after_block = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: tokens_after_block.append(output[0].shape[1] - 1))
+    with torch.no_grad():
+        logits, kept = model(reference_images(0, 2, case['input_size']), case['call_keep_rate'], get_idx=True)
+    assert tokens_after_block == case['tokens_after_block']
+    np.testing.assert_allclose(logits.norm(dim=1), case['logits_norm'], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits[:, :8], case['logits_first8'], rtol=0, atol=1e-4)
+    assert logits.argmax(dim=1).tolist() == case['argmax']
+    if case['kept_patches']:
+        assert kept_patches(kept, (case['input_size'] // 16) ** 2, case['fuse_token']) == case['kept_patches']
+    else:
+        assert kept == []
+
+
+def test_position_embedding_resized_at_load_is_the_originals():
+    case = next(case for case in reference('forward.json') if case['input_size'] != case['model_img_size'])
+    weights = reference_weights(timm.create_model('deit_tiny_patch16_shrink_base'))
+    model = timm.create_model('deit_tiny_patch16_shrink_base', fuse_token=True, img_size=case['input_size']).eval()
+    weights['pos_embed'] = resize_pos_embed(weights['pos_embed'], model)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        logits = model(reference_images(0, 2, case['input_size']))
+    np.testing.assert_allclose(logits.norm(dim=1), case['logits_norm'], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('case', reference('training.json')['train'], ids=['fused', 'dropped'])
+def test_training_is_the_originals(case):
+    model = reference_model(case).double().train()
+    images = reference_images(case['input_seed'], case['batch'], 224).double()
+    labels = torch.arange(case['batch']) % case['num_classes']
+    optimizer = torch.optim.SGD(model.parameters(), lr=case['lr'])
+    for expected_loss, expected_norms in zip(case['losses'], case['grad_norms'], strict=True):
+        loss = F.cross_entropy(model(images, case['call_keep_rate']), labels)
+        assert loss.item() == pytest.approx(expected_loss, abs=1e-7)
+        optimizer.zero_grad()
+        loss.backward()
+        for name, norm in expected_norms.items():
+            assert model.get_parameter(name).grad.norm().item() == pytest.approx(norm, rel=1e-7), name
+        optimizer.step()
+
+
+# --- Token operations against a plain loop --------------------------------------------------------------------------
+
+@pytest.mark.parametrize('fuse', [False, True])
+@pytest.mark.parametrize('shape, k', [((1, 2, 1), 1), ((3, 17, 5), 12), ((2, 9, 4), 8), ((4, 30, 7), 1)])
+def test_reorganize_tokens_against_a_loop(shape, k, fuse):
+    generator = torch.Generator().manual_seed(k)
+    tokens = torch.randn(shape, generator=generator, dtype=torch.float64)
+    scores = torch.rand(shape[:2], generator=generator, dtype=torch.float64)
+    result, idx = reorganize_tokens(tokens, scores, k, fuse)
+    assert result.shape == (shape[0], k + fuse, shape[2]) and idx.shape == (shape[0], k)
+    for b in range(shape[0]):
+        best = sorted(range(shape[1]), key=lambda i: -scores[b, i])[:k]
+        assert sorted(idx[b].tolist()) == sorted(best)
+        for place, i in enumerate(idx[b].tolist()):
+            assert torch.equal(result[b, place], tokens[b, i])
+        if fuse:
+            fused = sum(scores[b, i] * tokens[b, i] for i in range(shape[1]) if i not in best)
+            torch.testing.assert_close(result[b, k], fused)
+
+
+def test_gradients_of_reorganize_tokens():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(2, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t, s: reorganize_tokens(t, s, 4, fuse=True)[0], (tokens, scores))
+    reorganize_tokens(tokens, scores, 4, fuse=True)[0].sum().backward()
+    assert (scores.grad != 0).sum(dim=1).tolist() == [2, 2]            # of the fused tokens, and only of them
+
+
+def test_class_attention_is_a_row_of_the_full_matrix():
+    q, k = torch.randn(2, 2, 3, 11, 8, dtype=torch.float64)
+    full = (q @ k.transpose(-2, -1) / math.sqrt(8)).softmax(dim=-1)
+    torch.testing.assert_close(class_attention(q, k, 8 ** -0.5), full.mean(dim=1)[:, 0])
+    with torch.autocast('cpu', torch.bfloat16):
+        scores = class_attention(q.bfloat16(), k.bfloat16(), 8 ** -0.5)
+    assert scores.dtype == torch.float32                               # it decides which tokens live
+
+
+@pytest.mark.parametrize('num_tokens, keep_rate, expected', [
+    (196, 0.7, 138), (139, 0.7, 98), (196, 1., 196), (196, 1.5, 196), (196, 0.001, 1), (1, 0.5, 1), (10, 0.5, 5)])
+def test_num_kept(num_tokens, keep_rate, expected):
+    assert num_kept(num_tokens, keep_rate) == expected
+
+
+@pytest.mark.parametrize('num_prefix_tokens', [1, 2, 3])
+@pytest.mark.parametrize('fuse', [False, True])
+def test_protected_tokens_stay_in_front(num_prefix_tokens, fuse):
+    block = models_evit.EViTBlock(12, 3, qkv_bias=True)
+    block.keep_rate, block.fuse_token, block.num_prefix_tokens = 0.5, fuse, num_prefix_tokens
+    for layer in (block.attn.proj, block.mlp.fc2):                     # both branches add nothing: tokens pass through
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    x = torch.randn(2, num_prefix_tokens + 9, 12)
+    y, idx = block(x, get_idx=True)
+    assert y.shape == (2, num_prefix_tokens + 5 + fuse, 12)
+    assert torch.equal(y[:, :num_prefix_tokens], x[:, :num_prefix_tokens])
+    assert 0 <= idx.min() and idx.max() < 9
+    for b in range(2):
+        assert torch.equal(y[b, num_prefix_tokens:num_prefix_tokens + 5], x[b, num_prefix_tokens + idx[b]])
+
+
+# --- Keep rates of a call -------------------------------------------------------------------------------------------
+
+def counts(model, **kwargs):
+    return [idx.shape[1] for idx in model(torch.zeros(1, 3, 64, 64), get_idx=True, **kwargs)[1]]
+
+
+def test_keep_rate_of_a_call():
+    model = tiny()                                                     # 16 patches, blocks 3, 6, 9
+    assert counts(model) == [12, 9, 7]
+    assert counts(model, keep_rate=0.5) == [8, 4, 2]
+    assert counts(model, keep_rate=1) == counts(model, keep_rate=2.) == []
+    assert counts(model, keep_rate=[1] * 11 + [0.25]) == [4]
+    assert counts(model, keep_rate=(0.5, 0.5) + (1.,) * 10) == [8, 4]
+    assert counts(tiny(fuse_token=True)) == [12, 10, 8]                # a fused token is a candidate of the next stage
+    assert counts(tiny(drop_loc=(), base_keep_rate=0.5)) == []
+
+
+@pytest.mark.parametrize('keep_rate', [0, -0.1, float('nan'), [0.5] * 11, [0.5] * 11 + [0.]])
+def test_wrong_keep_rate_of_a_call(keep_rate):
+    with pytest.raises(ValueError, match='keep_rate'):
+        tiny()(torch.zeros(1, 3, 64, 64), keep_rate=keep_rate)
+
+
+@pytest.mark.parametrize('kwargs', [
+    {'base_keep_rate': 0}, {'base_keep_rate': 1.1}, {'drop_loc': (3, 12)}, {'drop_loc': (-1,)}])
+def test_wrong_model_arguments(kwargs):
+    with pytest.raises(ValueError, match='keep rate|drop_loc'):
+        tiny(**kwargs)
+
+
+# --- Every registered model -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_registered_model_trains_and_saves(name):
+    torch.manual_seed(0)
+    options = dict(img_size=32, num_classes=5, fuse_token=True, drop_path_rate=0.1)
+    model = timm.create_model(name, **options).train()
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 3])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    twin = timm.create_model(name, **options)
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(twin.eval()(images), model.eval()(images))
+        assert len(model(images, get_idx=True)[1]) == 3
+
+
+def test_names_rates_and_sizes():
+    assert {name: (v.keep_rate, v.img_size) for name, v in VARIANTS.items() if '_224' in name or '2_' in name
+            or '288' in name or '304' in name} == {
+        'deit_small_patch16_224_shrink_base': (0.7, 224), 'deit_small_patch16_224_shrink': (0.7, 224),
+        'deit_small_patch16_224_shrink05': (0.5, 224), 'deit_small_patch16_272_shrink': (0.7, 272),
+        'deit_small_patch16_288_shrink06': (0.6, 288), 'deit_small_patch16_304_shrink05': (0.5, 304)}
+    for size in ('tiny', 'small', 'base'):
+        assert {f'deit_{size}_patch16_shrink_base', f'deit_{size}_distilled_patch16_shrink_base'} <= set(VARIANTS)
+    model = timm.create_model('deit_small_patch16_304_shrink05')
+    assert model.base_keep_rate == 0.5 and model.patch_embed.img_size == (304, 304)
+    assert sum(p.numel() for p in model.parameters()) == 22_050_664 + (19 ** 2 - 14 ** 2) * 384
+    assert all(timm.models.is_model_in_modules(name, ['models_evit']) for name in VARIANTS)
+    assert timm.models.model_entrypoint('deit_small_patch16_224').__module__ == 'timm.models.deit'
+
+
+# --- What timm's models do goes on working --------------------------------------------------------------------------
+
+@pytest.mark.parametrize('distilled', ['', '_distilled'])
+def test_at_rate_one_it_is_timms_deit(distilled):
+    torch.manual_seed(0)
+    deit = timm.create_model(f'deit_tiny{distilled}_patch16_224', num_classes=10).eval()
+    model = timm.create_model(f'deit_tiny{distilled}_patch16_shrink_base', num_classes=10).eval()
+    model.load_state_dict(deit.state_dict(), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images, keep_rate=1), deit(images))
+        assert not torch.allclose(model(images), deit(images), atol=1e-3)
+    assert model.no_weight_decay() == deit.no_weight_decay()
+
+
+def naive_forward(model, images):
+    """An EViT from the definition: explicit N×N attention in every block, sorting, a loop over images."""
+    x = model._pos_embed(model.patch_embed(images))
+    for block in model.blocks:
+        attn, prefix = block.attn, model.num_prefix_tokens
+        B, N, C = x.shape
+        q, k, v = attn.qkv(block.norm1(x)).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        x = x + block.ls1(attn.proj((weights @ v).transpose(1, 2).reshape(B, N, C)))
+        keep = math.ceil(block.keep_rate * (N - prefix))
+        if keep < N - prefix:
+            rows = []
+            for tokens, scores in zip(x, weights.mean(dim=1)[:, 0, prefix:]):
+                order = scores.argsort(descending=True) + prefix
+                rest = order[keep:]
+                fused = (scores[rest - prefix].unsqueeze(1) * tokens[rest]).sum(dim=0, keepdim=True)
+                rows.append(torch.cat([tokens[:prefix], tokens[order[:keep]]] + [fused] * block.fuse_token))
+            x = torch.stack(rows)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return model.forward_head(model.norm(x))
+
+
+@pytest.mark.parametrize('name', ['deit_tiny_patch16_shrink_base', 'deit_tiny_distilled_patch16_shrink_base'])
+@pytest.mark.parametrize('options', [{}, {'fuse_token': True}, {'init_values': 0.1, 'qk_norm': True}])
+def test_against_the_definition(name, options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=64, num_classes=10, base_keep_rate=0.6, drop_loc=(0, 5, 11),
+                              **options).double().eval()
+    model.load_state_dict({key: torch.randn_like(value) * 0.1 + (key.endswith('norm.weight'))
+                           for key, value in model.state_dict().items()})
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), naive_forward(model, images))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    images = torch.randn(2, 3, 64, 64)
+    gradients = []
+    for enable in (False, True):
+        model = tiny(fuse_token=True)
+        model.set_grad_checkpointing(enable)
+        model(images).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_reset_classifier_and_features():
+    model = tiny()
+    model.reset_classifier(3)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+    assert model.forward_features(torch.zeros(2, 3, 64, 64)).shape == (2, 1 + 7, 192)
+    assert model.forward_features(torch.zeros(2, 3, 64, 64), keep_rate=1).shape == (2, 1 + 16, 192)
+
+
+def test_non_square_and_other_patch_size():
+    model = tiny(img_size=(48, 96), patch_size=8)
+    assert counts_of(model, (48, 96)) == [51, 36, 26]
+
+
+def counts_of(model, size):
+    return [idx.shape[1] for idx in model(torch.zeros(1, 3, *size), get_idx=True)[1]]
+
+
+@pytest.mark.parametrize('keep_rate', [None, 0.5])
+def test_compiles_to_one_graph(keep_rate):
+    model = tiny(fuse_token=True)
+    images = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images, keep_rate=keep_rate), model(images, keep_rate=keep_rate))

@@ -1,0 +1,225 @@
+"""What every entry point shares: user errors, random seeds, the process group, log lines, checkpoints."""
+import argparse
+import datetime
+import math
+import os
+import pickle
+import random
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class InputError(Exception):
+    """Wrong input: the message tells the user in one line what is wrong and what to do; the exit status is 2."""
+
+
+# --- Random numbers -------------------------------------------------------------------------------------------------
+
+def seed_all(*key):
+    """Make every generator (random, numpy, torch on all devices) a function of `key`, non-negative integers.
+
+    Each draw of a run follows from such a key of seed, epoch and position. So nothing random needs to be stored for
+    a run to be resumed, and neither the number of worker processes nor which of them did the work matters.
+    """
+    *words, low, high = (int(word) for word in np.random.SeedSequence(key).generate_state(4))
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.manual_seed(low << 32 | high)
+
+
+@contextmanager
+def seeded(*key):
+    """`seed_all` for the body alone; the CPU generators go on afterwards where they were."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        seed_all(*key)
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+# --- Process group --------------------------------------------------------------------------------------------------
+
+def world_size():
+    """Number of processes that train together, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank():
+    """Number of this process on its machine, from 0."""
+    return int(os.environ.get('LOCAL_RANK', 0))
+
+
+def init_process_group(device, dist_url='env://', world_size=1):
+    """Join the group that torchrun's RANK, WORLD_SIZE and LOCAL_RANK describe; without them, stay alone.
+
+    Args:
+        device: type of device, 'cuda' (nccl) or 'cpu' (gloo); a process on 'cuda' gets the one of its local rank.
+        dist_url: where the processes meet.
+        world_size: their number where WORLD_SIZE does not tell it.
+    Returns:
+        This process's torch.device.
+    """
+    device = torch.device(device)
+    world_size = int(os.environ.get('WORLD_SIZE', world_size))
+    if world_size > 1 and 'RANK' not in os.environ:
+        raise InputError(f'a world of {world_size} processes needs RANK in the environment; start with '
+                         f'torchrun --nproc_per_node={world_size} main.py …')
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise InputError('--device cuda, but torch sees no CUDA device here; use --device cpu')
+        if 'RANK' in os.environ:
+            device = torch.device('cuda', local_rank())
+        torch.cuda.set_device(device)
+    if 'RANK' in os.environ:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=dist_url,
+                                world_size=world_size, rank=int(os.environ['RANK']),
+                                device_id=device if device.type == 'cuda' else None)
+    return device
+
+
+def leave_process_group():
+    """Wait for the other processes, so that none finds its peers gone, and leave."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor):
+    """Sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# --- Log lines ------------------------------------------------------------------------------------------------------
+
+def log(message):
+    """Print on the first process only."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+class Progress:
+    """A console line every `print_freq` steps of a pass over batches, and the figures of the whole pass.
+
+    The loss stays on the device between the lines, so that no step waits for it.
+
+    Args:
+        title: what the lines begin with.
+        num_steps: number of batches to come.
+        print_freq: steps from one line to the next.
+        device: where the losses are.
+        lockstep: all processes take the same steps, as in training: the figures are over all of them, and a loss
+            that is not finite raises FloatingPointError in all of them.
+    """
+
+    def __init__(self, title, num_steps, print_freq, device, lockstep=False):
+        self.title, self.num_steps, self.print_freq = title, num_steps, print_freq
+        self.device, self.lockstep = device, lockstep
+        self.world_size = world_size() if lockstep else 1
+        self.step = self.images = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.values = {}
+        self.start = self.last_time = time.perf_counter()
+        self.last_images = 0
+
+    def update(self, loss, num_images, **values):
+        """Count a batch: its mean loss (a 0-d tensor), its size, and numbers to show as they are."""
+        self.step += 1
+        self.images += num_images * self.world_size
+        self.loss_sum += loss
+        self.values = values
+        if self.step % self.print_freq == 0 or self.step == self.num_steps:
+            self._print_line(loss)
+
+    def _print_line(self, loss):
+        losses = torch.stack([loss.double(), self.loss_sum / self.step])
+        loss, mean_loss = ((all_reduce_sum(losses) if self.lockstep else losses) / self.world_size).tolist()
+        now = time.perf_counter()
+        eta = datetime.timedelta(seconds=round((now - self.start) / self.step * (self.num_steps - self.step)))
+        speed = (self.images - self.last_images) / (now - self.last_time)
+        self.last_time, self.last_images, self.mean_loss = now, self.images, mean_loss
+        parts = [f'{self.title} [{self.step:{len(str(self.num_steps))}}/{self.num_steps}]', f'eta: {eta}',
+                 f'loss: {loss:.4f} ({mean_loss:.4f})', *(f'{key}: {value:.4g}' for key, value in self.values.items()),
+                 f'images/s: {speed:.0f}']
+        if self.device.type == 'cuda':
+            parts.append(f'memory: {torch.cuda.max_memory_allocated(self.device) / 2 ** 20:.0f} MiB')
+        log('  '.join(parts))
+        if self.lockstep and not math.isfinite(mean_loss):
+            raise FloatingPointError(f'{self.title} the loss became {mean_loss} by step {self.step}; '
+                                     'try a lower --lr, --clip-grad, or --amp-dtype float32')
+
+    def summary(self):
+        """The whole pass, after its last step: mean loss, images/s, and the last of the numbers shown."""
+        return {'loss': self.mean_loss, 'images_per_second': self.images / (self.last_time - self.start), **self.values}
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------------------------
+
+def save_checkpoint(checkpoint, *paths):
+    """Write a checkpoint from the first process, each file whole or not at all."""
+    if rank() == 0:
+        for path in paths:
+            temporary = path.with_name(path.name + '.tmp')
+            torch.save(checkpoint, temporary)
+            os.replace(temporary, path)
+
+
+def load_checkpoint(source):
+    """Read a checkpoint, a file or an https address, on the CPU, and without running code that it may hold.
+
+    Checkpoints of the original code hold an argparse.Namespace, the only class allowed beside tensors and containers.
+
+    Returns:
+        The checkpoint, a dict with the key 'model'; a bare state dict is put under it.
+    """
+    if not source.startswith('https://') and not os.path.isfile(source):
+        raise InputError(f'checkpoint {source} does not exist')
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if source.startswith('https://'):
+                checkpoint = torch.hub.load_state_dict_from_url(source, map_location='cpu', check_hash=True,
+                                                                weights_only=True)
+            else:
+                checkpoint = torch.load(source, map_location='cpu', weights_only=True)
+    except OSError as error:
+        raise InputError(f'checkpoint {source} cannot be read: {error}') from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError):
+        # torch's own message recommends to load the file without the protection
+        raise InputError(f'{source} is not a checkpoint: it is no file of torch.save, is cut short, or holds more '
+                         'than tensors and plain values, which is not loaded because it could run code') from None
+    if isinstance(checkpoint, dict) and 'model' not in checkpoint:
+        checkpoint = {'model': checkpoint}
+    if not (isinstance(checkpoint, dict) and isinstance(checkpoint['model'], dict)
+            and all(isinstance(value, torch.Tensor) for value in checkpoint['model'].values()) and checkpoint['model']):
+        raise InputError(f'{source} is not a checkpoint: it holds no state dict of a model')
+    return checkpoint
+
+
+def load_weights(model, weights, source, optional=()):
+    """Load a state dict whose keys and shapes are the model's, but for `optional` keys, which it may lack.
+
+    Raises InputError, naming the first keys that differ, and then the model is as it was.
+    """
+    own = model.state_dict()
+    differences = [
+        *(f'{key} is missing' for key in own if key not in weights and key not in optional),
+        *(f'{key} is not in the model' for key in weights if key not in own),
+        *(f'{key} is {list(weights[key].shape)}, the model has {list(own[key].shape)}'
+          for key in own if key in weights and weights[key].shape != own[key].shape)]
+    if differences:
+        more = f'; and {len(differences) - 3} more' if len(differences) > 3 else ''
+        raise InputError(f'{source} is a checkpoint of another model: {"; ".join(differences[:3])}{more}')
+    model.load_state_dict(weights, strict=False)
