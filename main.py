@@ -20,7 +20,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import models_evit
 import utils
@@ -28,7 +28,9 @@ from datasets import INAT_CATEGORIES, SeededDataset, build_dataset, check_same_c
 from engine import evaluate, keep_rate_at, train_one_epoch
 from losses import DistillationLoss
 from samplers import EvalSampler, TrainSampler
+from speed_test import macs, throughput
 from utils import InputError, log
+from visualize_mask import save_masked
 
 TOKEN_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
 
@@ -195,14 +197,18 @@ def parse_args(argv):
             (token_flags and args.model not in models_evit.VARIANTS,
              f'{", ".join(token_flags)}: {args.model} does not reorganise tokens; '
              f'take a model of models_evit.py or leave the flag out'),
-            (args.data_set != 'DIGITS' and not args.data_path, f'--data-set {args.data_set} needs --data-path'),
+            (args.data_set != 'DIGITS' and not args.data_path and not args.only_test_speed,
+             f'--data-set {args.data_set} needs --data-path'),
             (args.use_lmdb and args.data_set != 'IMNET', '--use-lmdb goes with --data-set IMNET and --data-path'),
             (args.distillation_type != 'none' and not args.teacher_path,
              f'--distillation-type {args.distillation_type} needs --teacher-path'),
             (args.distillation_type != 'none' and 'distilled' not in args.model,
              f'--distillation-type {args.distillation_type} needs a model with a distillation token, not {args.model}'),
-            (mixed and args.batch_size % 2 and not args.eval, f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
-            (args.eval and not (args.resume or args.finetune), '--eval needs --resume CHECKPOINT')):
+            (mixed and args.batch_size % 2 and not evaluates_only(args), f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
+            (args.visualize_mask and args.model not in models_evit.VARIANTS,
+             f'--visualize-mask: {args.model} does not reorganise tokens; take a model of models_evit.py'),
+            (evaluates_only(args) and not (args.resume or args.finetune),
+             '--eval and --visualize-mask need --resume CHECKPOINT')):
         if wrong:
             parser.error(message)
     return args
@@ -366,10 +372,10 @@ def read_resume(args):
 
 # --- What a run does ------------------------------------------------------------------------------------------------
 
-def test_accuracy(args, model, loader, device, name='network'):
+def test_accuracy(args, model, loader, device, name='network', sharded=None):
     """Evaluate, and print the figure that everybody looks for; → dict of `engine.evaluate`."""
     stats = evaluate(model, loader, device=device, amp_dtype=choose_amp_dtype(args.amp_dtype, device),
-                     sharded=args.dist_eval, print_freq=args.print_freq)
+                     sharded=args.dist_eval if sharded is None else sharded, print_freq=args.print_freq)
     log(f'Accuracy of the {name} on the {stats["images"]} test images: {stats["acc1"]:.2f}%')
     return stats
 
@@ -385,6 +391,39 @@ def run_evaluation(args, model, loader, device):
     if args.model_ema and checkpoint.get('model_ema'):
         utils.load_weights(model, checkpoint['model_ema'], f'model_ema of {args.resume}')
         test_accuracy(args, model, loader, device, 'EMA network')
+
+
+def test_speed(args, model, device):
+    """Print images/s and GMACs of the model, and write them to speed_macs.txt in the output folder."""
+    speed = throughput(model, args.input_size, batch_size=args.batch_size, device=device,
+                       amp_dtype=choose_amp_dtype(args.amp_dtype, device))
+    report = f'{args.model}: {speed}\n{args.model}: {macs(model, args.input_size):.3f} GMACs an image'
+    log(report)
+    if args.output_dir and utils.rank() == 0:
+        folder = make_folder(args.output_dir)
+        (folder / 'speed_macs.txt').write_text(report + '\n')
+
+
+def visualize(args, model, dataset, device):
+    """Write pictures of what the model keeps of the first images, each process its share; print the accuracy."""
+    subset = Subset(dataset, range(min(args.n_visualization, len(dataset))))
+    sampler = EvalSampler(subset, utils.world_size(), utils.rank())
+    loader = DataLoader(subset, args.batch_size, sampler=sampler, num_workers=args.num_workers)
+    folder = make_folder(args.output_dir or 'visualization')
+    model.eval()
+    numbers = iter(sampler)
+    for images, _ in loader:
+        save_masked(model, images.to(device), [next(numbers) for _ in images], folder)
+    log(f'Wrote pictures of {len(subset)} images to {folder}')
+    test_accuracy(args, model, loader, device, sharded=True)
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'the output folder {path} cannot be made: {error.strerror}') from None
+    return Path(path)
 
 
 def set_training_mode(model, args):
@@ -446,12 +485,8 @@ class RunOutput:
     """The output folder of the first process: checkpoints, log.txt (a JSON line an epoch), TensorBoard scalars."""
 
     def __init__(self, args, epoch):
-        self.folder = Path(args.output_dir) if args.output_dir and utils.rank() == 0 else None
+        self.folder = make_folder(args.output_dir) if args.output_dir and utils.rank() == 0 else None
         if self.folder:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f'--output-dir {self.folder} cannot be made: {error.strerror}') from None
             self.writer = SummaryWriter(str(self.folder), purge_step=epoch)
 
     def save(self, checkpoint, best):
@@ -476,23 +511,38 @@ def main(args):
     device = utils.init_process_group(args.device, args.dist_url, args.world_size)
     torch.backends.cudnn.benchmark = True
     utils.seed_all(args.seed)
+    if args.only_test_speed:
+        test_speed(args, build_model(args, num_classes=1000).to(device), device)
+        return
     loader_train, loader_val = build_loaders(args, device)
     num_classes = len(loader_val.dataset.classes)
     model = build_model(args, num_classes)
     if args.finetune and not args.resume:
         load_finetune(model, args.finetune)
     model.to(device)
-    log(f'{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.data_set}: '
-        f'{len(loader_train.dataset) if loader_train else 0:,} training and {len(loader_val.dataset):,} test images, '
-        f'{num_classes} classes; {utils.world_size()} process(es) on {device.type}, '
-        f'{choose_amp_dtype(args.amp_dtype, device)}')
+    log(describe(args, model, loader_train, loader_val, device))
+    if args.test_speed:
+        test_speed(args, model, device)
     if args.eval:
         run_evaluation(args, model, loader_val, device)
-        return
-    training = Training(args, model, device)
-    if args.resume:
-        training.resume(read_resume(args), args.resume)
-    train(args, training, loader_train, loader_val, num_classes, device)
+    elif args.visualize_mask:
+        if args.resume:
+            utils.load_weights(model, read_resume(args)['model'], args.resume)
+        visualize(args, model, loader_val.dataset, device)
+    else:
+        training = Training(args, model, device)
+        if args.resume:
+            training.resume(read_resume(args), args.resume)
+        train(args, training, loader_train, loader_val, num_classes, device)
+
+
+def describe(args, model, loader_train, loader_val, device):
+    num_parameters = sum(p.numel() for p in model.parameters())
+    images = f'{len(loader_val.dataset):,} test images of {len(loader_val.dataset.classes)} classes'
+    if loader_train:
+        images = f'{len(loader_train.dataset):,} training and {images}'
+    return (f'{args.model}: {num_parameters:,} parameters; {args.data_set}: {images}; '
+            f'{utils.world_size()} process(es) on {device.type}, {choose_amp_dtype(args.amp_dtype, device)}')
 
 
 def run():

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Finetune to EViT.   ckpt=/path/to/deit_small.pth datapath=/path/to/imagenet logdir=/runs/b bash finetune.sh [more flags]
+#
+# With datapath: the paper's recipe from a DeiT-S checkpoint, for 8 GPUs. Without: the digits again, at a larger input
+# size, from what run_code.sh left (or from ckpt).
+set -euo pipefail
+main=$(dirname "${BASH_SOURCE[0]}")/main.py
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+launch=(python)
+if [ "$gpus" -gt 1 ] && [ -n "${datapath:-}" ]; then
+    launch=(python -m torch.distributed.run --standalone --nproc_per_node="$gpus")
+fi
+
+if [ -n "${datapath:-}" ]; then
+    ckpt=${ckpt:?name the checkpoint to start from: ckpt=/path/to/deit_small.pth}
+    logdir=${logdir:-runs/imagenet_finetune}
+    recipe=(--model deit_small_patch16_shrink_base --base_keep_rate 0.7 --fuse_token
+        --data-path "$datapath" --input-size 224 --batch-size 256 --dist-eval
+        --sched cosine --lr 2e-5 --min-lr 2e-6 --weight-decay 1e-6 --epochs 30 --warmup-epochs 0
+        --shrink_start_epoch 0 --shrink_epochs 0)
+else
+    ckpt=${ckpt:-runs/digits/checkpoint.pth}
+    logdir=${logdir:-runs/digits_finetune}
+    recipe=(--model deit_tiny_patch16_shrink_base --base_keep_rate 0.7 --fuse_token
+        --data-set DIGITS --input-size 96 --batch-size 64
+        --sched cosine --lr 4e-4 --min-lr 2e-6 --weight-decay 1e-6 --epochs 5 --warmup-epochs 0
+        --shrink_start_epoch 0 --shrink_epochs 0
+        --clip-grad 1 --model-ema-decay 0.99 --num_workers 1
+        --mixup 0 --cutmix 0 --aa '' --color-jitter 0 --reprob 0 --no-repeated-aug)
+fi
+exec "${launch[@]}" "$main" "${recipe[@]}" --finetune "$ckpt" --output_dir "$logdir" "$@"

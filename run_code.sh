@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train EViT.   datapath=/path/to/imagenet logdir=/runs/a bash run_code.sh [more flags of main.py]
+#
+# With datapath: the paper's recipe, EViT/0.7-DeiT-S with fusing, for 8 GPUs (the learning rate follows the number
+# that there are). Without: a tiny EViT on scikit-learn's digits, in minutes on two CPU cores.
+set -euo pipefail
+main=$(dirname "${BASH_SOURCE[0]}")/main.py
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+launch=(python)
+if [ "$gpus" -gt 1 ] && [ -n "${datapath:-}" ]; then
+    launch=(python -m torch.distributed.run --standalone --nproc_per_node="$gpus")
+fi
+
+if [ -n "${datapath:-}" ]; then
+    logdir=${logdir:-runs/imagenet}
+    recipe=(--model deit_small_patch16_shrink_base --base_keep_rate 0.7 --fuse_token
+        --data-path "$datapath" --input-size 224 --batch-size 256 --dist-eval
+        --epochs 300 --warmup-epochs 5 --shrink_start_epoch 10 --shrink_epochs 100)
+else
+    logdir=${logdir:-runs/digits}
+    recipe=(--model deit_tiny_patch16_shrink_base --base_keep_rate 0.7 --fuse_token
+        --data-set DIGITS --input-size 64 --batch-size 64
+        --epochs 20 --warmup-epochs 1 --shrink_start_epoch 2 --shrink_epochs 8
+        --lr 2.4e-3 --clip-grad 1 --drop-path 0 --model-ema-decay 0.99 --num_workers 1
+        --mixup 0 --cutmix 0 --aa '' --color-jitter 0 --reprob 0 --no-repeated-aug)
+fi
+exec "${launch[@]}" "$main" "${recipe[@]}" --output_dir "$logdir" "$@"

@@ -1,0 +1,333 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import main
+import utils
+from conftest import TINY, reference, run_main
+from main import parse_args
+
+PLAIN = [*TINY, '--mixup', '0', '--cutmix', '0', '--aa=', '--color-jitter', '0', '--reprob', '0', '--print-freq', '10']
+
+
+def checkpoint(folder, name='checkpoint.pth'):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def log_lines(folder):
+    return [json.loads(line) for line in (Path(folder) / 'log.txt').read_text().splitlines()]
+
+
+def assert_same(a, b, where=''):
+    """Bit for bit, through dicts and sequences."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f'{where}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f'{where}[{i}]')
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+# --- Command line ---------------------------------------------------------------------------------------------------
+
+def documented_defaults():
+    return dict(
+        base_keep_rate=0.7, fuse_token=False, drop_loc=(3, 6, 9), shrink_start_epoch=10, shrink_epochs=0, eval=False,
+        test_speed=False, only_test_speed=False, visualize_mask=False, n_visualization=128, input_size=224, drop=0.0,
+        drop_path=0.1, model_ema=True, model_ema_decay=0.99996, model_ema_force_cpu=False, opt='adamw', opt_eps=1e-8,
+        opt_betas=None, clip_grad=None, momentum=0.9, weight_decay=0.05, epochs=300, batch_size=64, sched='cosine',
+        lr=5e-4, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1.0, warmup_lr=1e-6, min_lr=1e-5, decay_epochs=30,
+        warmup_epochs=5, patience_epochs=10, decay_rate=0.1, color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', smoothing=0.1,
+        train_interpolation='bicubic', repeated_aug=True, reprob=0.25, remode='pixel', recount=1, mixup=0.8, cutmix=1.0,
+        cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode='batch', teacher_model='regnety_160',
+        teacher_path=None, distillation_type='none', distillation_alpha=0.5, distillation_tau=1.0, finetune=None,
+        use_lmdb=False, inat_category='name', pin_mem=True, output_dir='', seed=0, resume='', start_epoch=0,
+        dist_eval=False, world_size=1, dist_url='env://', amp_dtype='auto', eval_interval=1)
+
+
+def test_defaults_of_the_command_line():
+    args = vars(parse_args([]))
+    assert {key: args[key] for key in documented_defaults()} == documented_defaults()
+    assert args['model'] == 'deit_small_patch16_shrink_base' and args['data_set'] == 'DIGITS'
+    assert args['device'] == ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def test_flags_with_dashes_and_underscores():
+    one = parse_args(['--base_keep_rate', '0.5', '--drop_loc', '(2, 5)', '--no_model_ema', '--output_dir=a_b'])
+    other = parse_args(['--base-keep-rate=0.5', '--drop-loc', '2,5', '--no-model-ema', '--output-dir', 'a_b'])
+    assert one == other and one.drop_loc == (2, 5) and one.output_dir == 'a_b' and not one.model_ema
+    assert parse_args(['--model', 'deit_small_patch16_224_shrink05']).base_keep_rate == 0.5
+    assert parse_args(['--model', 'deit_small_patch16_224']).base_keep_rate is None
+
+
+@pytest.fixture
+def trees(image_folder, tmp_path):
+    """Trees that are wrong in one way each."""
+    shutil.copytree(image_folder, tmp_path / 'other_classes')
+    (tmp_path / 'other_classes' / 'val' / 'red').rename(tmp_path / 'other_classes' / 'val' / 'pink')
+    (tmp_path / 'no_val' / 'train' / 'a').mkdir(parents=True)
+    Image.new('RGB', (8, 8)).save(tmp_path / 'no_val' / 'train' / 'a' / '0.png')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'junk.pth').write_text('junk')
+    return tmp_path
+
+
+@pytest.mark.parametrize('flags, named', [
+    (['--data-path', '{root}/absent'], 'absent'),
+    (['--data-path', '{root}/empty'], 'train/'),
+    (['--data-path', '{root}/no_val'], 'val/'),
+    (['--data-path', '{root}/other_classes'], 'red is in train only'),
+    (['--data-path', '{tree}', '--batch-size', '26'], '24 training images'),
+    (['--base_keep_rate', '0'], '(0, 1]'),
+    (['--base_keep_rate', '1.01'], '(0, 1]'),
+    (['--base_keep_rate', 'nan'], '(0, 1]'),
+    (['--drop_loc', '3;6'], '3;6'),
+    (['--drop_loc', '__import__("os").mkdir("made")'], 'block numbers'),
+    (['--drop_loc', '3,12'], '(3, 12)'),
+    (['--drop_loc', '-1'], '-1'),
+    (['--eval'], '--resume'),
+    (['--eval', '--resume', '{root}/absent.pth'], 'absent.pth does not exist'),
+    (['--eval', '--resume', '{root}/junk.pth'], 'junk.pth is not a checkpoint'),
+    (['--resume', '{root}/junk.pth'], 'junk.pth is not a checkpoint'),
+    (['--finetune', '{root}/junk.pth'], 'junk.pth is not a checkpoint'),
+    (['--distillation-type', 'hard'], '--teacher-path'),
+    (['--distillation-type', 'hard', '--teacher-path', 'x'], 'distillation token'),
+    (['--input-size', '40'], '40'),
+    (['--model', 'deit_small_patch16_224', '--fuse_token'], 'does not reorganise tokens'),
+    (['--model', 'deit_small_patch16_224', '--shrink_epochs', '3'], 'shrink_epochs'),
+    (['--model', 'no_such_model'], 'no_such_model'),
+    (['--opt', 'no_such_optimizer'], 'no_such_optimizer'),
+    (['--data-set', 'CIFAR'], '--data-path'),
+    (['--data-set', 'CIFAR', '--data-path', '{root}'], 'cifar-100-python'),
+    (['--data-set', 'INAT', '--data-path', '{root}'], 'categories.json'),
+    (['--mixup', '0.8', '--batch-size', '3'], 'odd'),
+    (['--no-such-flag'], 'no-such-flag'),
+    (['--world_size', '2'], 'RANK')], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
+def test_wrong_input_is_one_line_and_status_2(flags, named, trees, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag.format(root=trees, tree=image_folder) for flag in flags]
+    monkeypatch.setattr(sys, 'argv', ['main.py', *PLAIN, '--output_dir', 'out', *flags])
+    with pytest.raises(SystemExit) as exit_:
+        main.run()
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count('\n') == 1 and named in error, error
+    assert not (tmp_path / 'out').exists() and not (tmp_path / 'made').exists()
+
+
+# --- The pieces of a run --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', reference('training.json')['learning_rate'])
+def test_learning_rate_and_parameter_groups_are_the_originals(name, monkeypatch):
+    case = reference('training.json')['learning_rate'][name]
+    monkeypatch.setattr(utils, 'world_size', lambda: case['world'])
+    args = parse_args([*case['flags'], '--no-model-ema'])
+    training = main.Training(args, main.build_model(args, 1000), torch.device('cpu'))
+    optimizer = training.optimizer
+    assert type(optimizer).__name__ == case['opt']
+    assert [{'weight_decay': group['weight_decay'], 'tensors': len(group['params']),
+             'params': sum(p.numel() for p in group['params']), 'betas': list(group['betas']), 'eps': group['eps']}
+            for group in optimizer.param_groups] == case['groups']
+    for epoch in range(args.epochs):
+        if str(epoch) in case['lr_by_epoch']:
+            assert optimizer.param_groups[0]['lr'] == pytest.approx(case['lr_by_epoch'][str(epoch)], rel=1e-9), epoch
+        training.lr_scheduler.step(epoch)
+
+
+@pytest.mark.parametrize('flags, mixes, loss', [
+    ([], True, 'SoftTargetCrossEntropy'), (['--mixup', '0'], True, 'SoftTargetCrossEntropy'),
+    (['--mixup', '0', '--cutmix', '0'], False, 'LabelSmoothingCrossEntropy'),
+    (['--mixup', '0', '--cutmix', '0', '--cutmix-minmax', '0.2', '0.8'], True, 'SoftTargetCrossEntropy'),
+    (['--mixup', '0', '--cutmix', '0', '--smoothing', '0'], False, 'CrossEntropyLoss')])
+def test_the_loss_goes_with_the_mixing(flags, mixes, loss):
+    mixup, criterion = main.build_criterion(parse_args(flags), 10, torch.device('cpu'))
+    assert (mixup is not None) == mixes and type(criterion.base_criterion).__name__ == loss
+    if mixes:
+        images, labels = mixup(torch.randn(4, 3, 8, 8), torch.arange(4))
+        assert criterion(images, torch.randn(4, 10), labels).isfinite()
+
+
+def test_finetuning_names_what_is_left_over(tmp_path):
+    args = parse_args(PLAIN)
+    model = main.build_model(args, 10)
+    weights = timm.create_model('deit_tiny_distilled_patch16_224', img_size=32).state_dict()
+    torch.save({'model': weights}, tmp_path / 'distilled.pth')
+    with pytest.raises(utils.InputError, match='dist_token is not in the model'):
+        main.load_finetune(model, str(tmp_path / 'distilled.pth'))
+    weights = timm.create_model('deit_tiny_patch16_224').state_dict()
+    weights.pop('blocks.0.norm1.bias')
+    torch.save({'model': weights}, tmp_path / 'lacking.pth')
+    with pytest.raises(utils.InputError, match='blocks.0.norm1.bias is missing'):
+        main.load_finetune(model, str(tmp_path / 'lacking.pth'))
+
+
+def test_finetuning_takes_all_but_the_head_and_resizes_the_positions(tmp_path, capsys):
+    source = timm.create_model('deit_tiny_patch16_224')
+    torch.save({'model': source.state_dict()}, tmp_path / 'deit.pth')
+    model = main.build_model(parse_args([*PLAIN, '--input-size', '288']), 10)
+    main.load_finetune(model, str(tmp_path / 'deit.pth'))
+    printed = capsys.readouterr().out
+    assert 'dropped head.bias [1000]' in printed and 'resized pos_embed from 14×14 patches to 18×18' in printed
+    own = model.state_dict()
+    same = [key for key, value in source.state_dict().items() if own[key].shape == value.shape]
+    assert len(same) == len(own) - 3 and all(torch.equal(own[key], source.state_dict()[key]) for key in same)
+    grid = source.pos_embed[:, 1:].detach().reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, size=(18, 18), mode='bicubic', align_corners=False)
+    torch.testing.assert_close(own['pos_embed'][:, 1:], expected.flatten(2).transpose(1, 2))
+
+
+def test_finetuning_stays_in_eval_mode_and_distils_all_the_same():
+    args = parse_args([*PLAIN, '--finetune', 'x', '--model', 'deit_tiny_distilled_patch16_shrink_base',
+                       '--distillation-type', 'hard', '--teacher-path', 'x', '--drop-path', '0.5'])
+    model = main.build_model(args, 10)
+    main.set_training_mode(model, args)
+    assert not any(module.training for module in model.blocks.modules())
+    assert [head.shape for head in model(torch.zeros(2, 3, 32, 32))] == [(2, 10), (2, 10)]
+
+
+def test_resumed_after_any_epoch_a_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+    save, flags = utils.save_checkpoint, [*TINY, '--epochs', '3', '--shrink_epochs', '2', '--model-ema-decay', '0.9',
+                                          '--mixup-switch-prob', '0.5', '--dist-eval']
+
+    def save_and_keep(state, *paths):
+        save(state, *paths, tmp_path / f'after_{state["epoch"]}.pth')
+
+    monkeypatch.setattr(utils, 'save_checkpoint', save_and_keep)
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole')]))
+    monkeypatch.setattr(utils, 'save_checkpoint', save)
+    whole = checkpoint(tmp_path / 'whole')
+    for epoch in (0, 1):
+        torch.manual_seed(epoch)                     # the state that a process happens to be in does not matter
+        folder = tmp_path / f'resumed_{epoch}'
+        main.main(parse_args([*flags, '--output_dir', str(folder), '--resume', str(tmp_path / f'after_{epoch}.pth')]))
+        resumed = checkpoint(folder)
+        for state in (whole, resumed):
+            state.pop('args', None)
+        assert_same(whole, resumed)
+        timeless = [{key: value for key, value in line.items() if 'per_second' not in key}
+                    for line in (log_lines(folder)[-1], log_lines(tmp_path / 'whole')[-1])]
+        assert timeless[0] == timeless[1]
+
+
+# --- As its users start it ------------------------------------------------------------------------------------------
+
+def accuracy_lines(done):
+    return [line for line in done.stdout.splitlines() if line.startswith(('Accuracy', '* Acc@1'))]
+
+
+@pytest.fixture(scope='module')
+def digits_run(tmp_path_factory):
+    """A process that trained on the digits for an epoch, and its output folder."""
+    folder = tmp_path_factory.mktemp('digits')
+    return run_main(*PLAIN, '--epochs', '1', '--output_dir', folder), folder
+
+
+def test_training_prints_and_saves(digits_run):
+    done, folder = digits_run
+    assert 'deit_tiny_patch16_shrink_base' in done.stdout and '1,437 training and 360 test images' in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.startswith('Epoch: [0]'))
+    assert all(name in line for name in ('[10/20]', 'eta:', 'loss:', 'lr:', 'keep_rate: 0.7', 'images/s:'))
+    assert 'Accuracy of the network on the 360 test images: ' in done.stdout
+    assert 'Accuracy of the EMA network on the 360 test images: ' in done.stdout
+    stats, = log_lines(folder)
+    assert stats['epoch'] == 0 and stats['train_keep_rate'] == 0.7 and stats['n_parameters'] == 5_489_482
+    assert {'train_loss', 'train_lr', 'train_images_per_second', 'test_loss', 'test_acc1', 'test_acc5',
+            'test_ema_acc1'} <= stats.keys()
+    assert stats['test_acc1'] > 20                   # of ten classes
+    state = checkpoint(folder)
+    assert {'model', 'optimizer', 'lr_scheduler', 'epoch', 'model_ema', 'scaler', 'args'} <= state.keys()
+    assert type(state['args']) is dict and state['epoch'] == 0
+    assert_same(state, checkpoint(folder, 'best_checkpoint.pth'))
+    assert list(folder.glob('events.out.tfevents*'))
+
+
+def test_evaluation_finds_the_figures_of_training(digits_run):
+    done, folder = digits_run
+    evaluated = run_main(*PLAIN, '--eval', '--resume', folder / 'checkpoint.pth')
+    assert accuracy_lines(evaluated) == accuracy_lines(done)
+    other_rate = run_main(*PLAIN, '--eval', '--resume', folder / 'checkpoint.pth', '--base_keep_rate', '0.3')
+    assert accuracy_lines(other_rate) != accuracy_lines(done)
+    assert 'trained with base_keep_rate 0.7, this run has 0.3' in other_rate.stdout
+
+
+def test_two_processes_evaluate_as_one(digits_run):
+    done, folder = digits_run
+    for dist_eval in ([], ['--dist-eval']):
+        evaluated = run_main(*PLAIN, '--eval', '--resume', folder / 'checkpoint.pth', *dist_eval, processes=2)
+        assert accuracy_lines(evaluated) == accuracy_lines(done)
+
+
+def test_two_processes_train(tmp_path):
+    done = run_main(*PLAIN, '--epochs', '1', '--batch-size', '32', '--dist-eval', '--output_dir', tmp_path, processes=2)
+    assert '2 process(es) on cpu' in done.stdout
+    stats, = log_lines(tmp_path)
+    assert stats['test_acc1'] > 20 and len(accuracy_lines(done)) == 4                  # from the first process alone
+
+
+def test_resume_goes_on(digits_run, tmp_path):
+    _, folder = digits_run
+    done = run_main(*PLAIN, '--epochs', '2', '--resume', folder / 'checkpoint.pth', '--output_dir', tmp_path)
+    assert 'Epoch: [1]' in done.stdout and 'Epoch: [0]' not in done.stdout
+    assert [line['epoch'] for line in log_lines(tmp_path)] == [1] and checkpoint(tmp_path)['epoch'] == 1
+
+
+def test_finetune_at_another_resolution(digits_run, tmp_path):
+    _, folder = digits_run
+    done = run_main(*PLAIN, '--epochs', '1', '--input-size', '48', '--finetune', folder / 'checkpoint.pth',
+                    '--output_dir', tmp_path)
+    assert 'resized pos_embed from 2×2 patches to 3×3' in done.stdout and 'dropped' not in done.stdout
+    assert checkpoint(tmp_path)['model']['pos_embed'].shape == (1, 10, 192)
+
+
+def test_image_folder_trains_and_evaluates(image_folder, tmp_path):
+    flags = [*PLAIN, '--data-path', image_folder, '--batch-size', '8', '--num_workers', '2']
+    trained = run_main(*flags, '--epochs', '2', '--output_dir', tmp_path)
+    assert 'IMNET: 24 training and 9 test images of 3 classes' in trained.stdout
+    evaluated = run_main(*flags, '--eval', '--resume', tmp_path / 'checkpoint.pth', '--no-model-ema')
+    assert accuracy_lines(evaluated)[-1] == accuracy_lines(trained)[-3]
+
+
+def test_the_full_recipe_with_a_teacher(tmp_path):
+    teacher = timm.create_model('deit_tiny_patch16_224', num_classes=10)
+    torch.save({'model': teacher.state_dict()}, tmp_path / 'teacher.pth')
+    done = run_main(*TINY, '--input-size', '224', '--batch-size', '8', '--model',
+                    'deit_tiny_distilled_patch16_shrink_base', '--distillation-type', 'hard', '--teacher-model',
+                    'deit_tiny_patch16_224', '--teacher-path', tmp_path / 'teacher.pth', '--epochs', '1', check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_timms_own_model_trains_in_the_same_loop(tmp_path):
+    flags = ['--model', 'deit_tiny_patch16_224', '--input-size', '32', '--epochs', '1', '--num_workers', '0', '--device',
+             'cpu', '--warmup-epochs', '0', '--no-model-ema', '--output_dir', str(tmp_path)]
+    main.main(parse_args(flags))
+    assert 'train_keep_rate' not in log_lines(tmp_path)[0] and checkpoint(tmp_path)['model_ema'] is None
+
+
+def test_speed_and_masks(digits_run, tmp_path, capsys):
+    _, folder = digits_run
+    flags = [*PLAIN, '--output_dir', str(tmp_path), '--resume', str(folder / 'checkpoint.pth')]
+    main.main(parse_args([*flags, '--only_test_speed', '--batch-size', '2']))
+    assert 'images/s' in (tmp_path / 'speed_macs.txt').read_text() and 'GMACs' in capsys.readouterr().out
+    main.main(parse_args([*flags, '--visualize_mask', '--n_visualization', '5', '--batch-size', '2']))
+    assert sorted(path.name for path in tmp_path.glob('*.jpg')) == sorted(
+        f'img_{i}_{stage}.jpg' for i in range(5) for stage in ('a', 'l0', 'l1', 'l2'))
+    assert 'on the 5 test images' in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_trains_on_a_gpu_in_bfloat16(tmp_path):
+    done = run_main(*PLAIN, '--device', 'cuda', '--amp-dtype', 'bfloat16', '--epochs', '2', '--output_dir', tmp_path)
+    assert 'on cuda, torch.bfloat16' in done.stdout and 'memory:' in done.stdout
+    assert log_lines(tmp_path)[-1]['test_acc1'] > 20
