@@ -9,10 +9,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
-from torchvision.datasets.folder import default_loader
 
-from folder2lmdb import ImageFolderLMDB
-from utils import InputError, seeded
+from folder2lmdb import ImageFolderLMDB, decode_picture
+from utils import InputError, seed_all
 
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
 
@@ -67,8 +66,13 @@ class INaturalist(Dataset):
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        image = default_loader(path)
+        image = load_picture(path)
         return self.transform(image) if self.transform else image, label
+
+
+def load_picture(path):
+    """RGB picture of a file of any mode and format that Pillow reads; InputError, naming the file, if it is none."""
+    return decode_picture(path, lambda: path)
 
 
 def _read_json(path):
@@ -78,7 +82,10 @@ def _read_json(path):
 
 
 class SeededDataset(Dataset):
-    """A data set asked for (index, key), whose augmentation is drawn from the key (see `utils.seed_all`)."""
+    """A data set asked for (index, key), whose augmentation is drawn from the key (see `utils.seed_all`).
+
+    It leaves the process's generators seeded so: whatever else draws from them seeds them first.
+    """
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -88,8 +95,8 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, item):
         index, key = item
-        with seeded(*key):
-            return self.dataset[index]
+        seed_all(*key)
+        return self.dataset[index]
 
 
 def build_dataset(is_train, args):
@@ -109,11 +116,11 @@ def build_dataset(is_train, args):
         year = 2018 if args.data_set == 'INAT' else 2019
         return INaturalist(root, is_train, year, args.inat_category, transform)
     if args.use_lmdb:
-        return ImageFolderLMDB(root / f'{split}.lmdb', transform)
+        return ImageFolderLMDB(root / f'{split}.lmdb', transform, num_classes=args.nb_classes)
     if not (root / split).is_dir():
         raise InputError(f'--data-path {root} has no {split}/ folder; {split}/<class>/<image> is expected')
     try:
-        return ImageFolder(root / split, transform)
+        return ImageFolder(root / split, transform, loader=load_picture)
     except FileNotFoundError as error:
         raise InputError(str(error).splitlines()[0]) from None
 

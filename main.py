@@ -37,13 +37,6 @@ TOKEN_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch',
 
 # --- Command line ---------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
 def keep_rate(text):
     value = float(text)
     if not 0 < value <= 1:
@@ -73,8 +66,8 @@ def count(text):
 
 
 def get_args_parser():
-    parser = Parser(description='EViT: training and evaluation', allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = utils.ArgumentParser(description='EViT: training and evaluation', allow_abbrev=False,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group('tokens (EViT models only)').add_argument
     add('--base-keep-rate', type=keep_rate, default=0.7, help='share of tokens kept; some models have another default')
     add('--fuse-token', action='store_true', help='fuse the tokens that are not kept into one')
@@ -154,6 +147,8 @@ def get_args_parser():
     add('--data-set', choices=['DIGITS', 'IMNET', 'CIFAR', 'INAT', 'INAT19'],
         help='None: IMNET (train/<class>/<image>, val/…) where --data-path is given, else DIGITS')
     add('--use-lmdb', action='store_true', help='read train.lmdb and val.lmdb instead of folders')
+    add('--nb-classes', type=positive_int, default=1000,
+        help='classes of an LMDB database of the original code, which does not tell them')
     add('--inat-category', default='name', choices=INAT_CATEGORIES)
     add('--num-workers', type=count, default=min(10, os.cpu_count()), help='processes that load data')
     add('--pin-mem', action='store_true', default=True)
@@ -311,8 +306,9 @@ class Training:
     def __init__(self, args, model, device):
         self.model = model
         lr = args.lr * args.batch_size * utils.world_size() / 512
+        fused = {'fused': True} if args.opt == 'adamw' else {}                         # one kernel for all tensors
         try:
-            self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr})
+            self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr, **fused})
         except ValueError as error:
             raise InputError(f'--opt {args.opt}: {error}') from None
         self.lr_scheduler, _ = create_scheduler(args, self.optimizer)
@@ -552,7 +548,9 @@ def run():
         utils.leave_process_group()
     except (InputError, FloatingPointError) as error:
         if utils.local_rank() == 0:
-            print(f'main.py: error: {error}', file=sys.stderr)
+            # One from a process that loads data comes with its traceback, and ends with the message
+            message = str(error).splitlines()[-1].removeprefix('utils.InputError: ')
+            print(f'main.py: error: {message}', file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import to_pil_image
 
@@ -72,7 +73,7 @@ def mask_images(images, masks, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGE
         float32 (B, stages, 3, H, W) in [0, 1], not normalised.
     """
     height, width = patch_size
-    masks = masks.repeat_interleave(height, dim=-2).repeat_interleave(width, dim=-1)   # (B, stages, ~H, ~W)
+    masks = repeat(masks, 'b stages rows cols -> b stages (rows height) (cols width)', height=height, width=width)
     # Pads where patches end before the image does, and crops where the model padded the image to whole patches.
     masks = F.pad(masks, (0, images.shape[-1] - masks.shape[-1], 0, images.shape[-2] - masks.shape[-2]))
     return denormalize(images, mean, std).unsqueeze(1) * masks.unsqueeze(2)

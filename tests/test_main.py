@@ -8,6 +8,7 @@ import timm
 import torch
 from PIL import Image
 
+import folder2lmdb
 import main
 import utils
 from conftest import TINY, reference, run_main
@@ -115,6 +116,8 @@ def trees(image_folder, tmp_path):
     (['--data-set', 'INAT', '--data-path', '{root}'], 'categories.json'),
     (['--mixup', '0.8', '--batch-size', '3'], 'odd'),
     (['--no-such-flag'], 'no-such-flag'),
+    (['--device', 'abacus'], 'abacus'),
+    (['--use-lmdb', '--data-path', '{root}'], 'train.lmdb'),
     (['--world_size', '2'], 'RANK')], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
 def test_wrong_input_is_one_line_and_status_2(flags, named, trees, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -197,9 +200,10 @@ def test_finetuning_stays_in_eval_mode_and_distils_all_the_same():
     assert [head.shape for head in model(torch.zeros(2, 3, 32, 32))] == [(2, 10), (2, 10)]
 
 
-def test_resumed_after_any_epoch_a_run_ends_with_the_same_bits(tmp_path, monkeypatch):
-    save, flags = utils.save_checkpoint, [*TINY, '--epochs', '3', '--shrink_epochs', '2', '--model-ema-decay', '0.9',
-                                          '--mixup-switch-prob', '0.5', '--dist-eval']
+def test_resumed_after_any_epoch_a_run_ends_with_the_same_bits(image_folder, tmp_path, monkeypatch):
+    flags = [*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '3', '--shrink_epochs', '2',
+             '--model-ema-decay', '0.9']                                               # and all of the augmentation
+    save = utils.save_checkpoint
 
     def save_and_keep(state, *paths):
         save(state, *paths, tmp_path / f'after_{state["epoch"]}.pth')
@@ -299,19 +303,45 @@ def test_image_folder_trains_and_evaluates(image_folder, tmp_path):
     assert accuracy_lines(evaluated)[-1] == accuracy_lines(trained)[-3]
 
 
-def test_the_full_recipe_with_a_teacher(tmp_path):
-    teacher = timm.create_model('deit_tiny_patch16_224', num_classes=10)
-    torch.save({'model': teacher.state_dict()}, tmp_path / 'teacher.pth')
-    done = run_main(*TINY, '--input-size', '224', '--batch-size', '8', '--model',
-                    'deit_tiny_distilled_patch16_shrink_base', '--distillation-type', 'hard', '--teacher-model',
-                    'deit_tiny_patch16_224', '--teacher-path', tmp_path / 'teacher.pth', '--epochs', '1', check=False)
-    assert done.returncode == 0, done.stderr
+def test_lmdb_gives_the_losses_of_the_tree(image_folder, tmp_path):
+    tree = shutil.copytree(image_folder, tmp_path / 'tree')
+    for split in ('train', 'val'):
+        folder2lmdb.convert(str(tree / split), str(tree / f'{split}.lmdb'))
+    flags = [*TINY, '--data-path', str(tree), '--batch-size', '8', '--epochs', '1']
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'a')]))
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'b'), '--use-lmdb']))
+    one, other = (log_lines(tmp_path / name)[0] for name in 'ab')
+    assert {**one, 'train_images_per_second': 0} == {**other, 'train_images_per_second': 0}
 
 
-def test_timms_own_model_trains_in_the_same_loop(tmp_path):
-    flags = ['--model', 'deit_tiny_patch16_224', '--input-size', '32', '--epochs', '1', '--num_workers', '0', '--device',
-             'cpu', '--warmup-epochs', '0', '--no-model-ema', '--output_dir', str(tmp_path)]
-    main.main(parse_args(flags))
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_a_picture_that_does_not_decode_is_named(workers, image_folder, tmp_path, monkeypatch, capsys):
+    tree = shutil.copytree(image_folder, tmp_path / 'tree')
+    (tree / 'train' / 'red' / '3.png').write_bytes(b'no picture')
+    flags = [*TINY, '--data-path', str(tree), '--batch-size', '8', '--epochs', '1', '--num_workers', workers]
+    monkeypatch.setattr(sys, 'argv', ['main.py', *flags])
+    with pytest.raises(SystemExit) as exit_:
+        main.run()
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count('\n') == 1, error
+    assert error.startswith('main.py: error: ') and 'red/3.png does not decode' in error
+
+
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_distillation_trains(kind, tmp_path, image_folder):
+    torch.save({'model': timm.create_model('resnet10t', num_classes=3).state_dict()}, tmp_path / 'teacher.pth')
+    main.main(parse_args([
+        *TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '1', '--output_dir', str(tmp_path),
+        '--model', 'deit_tiny_distilled_patch16_shrink_base', '--distillation-type', kind,
+        '--teacher-model', 'resnet10t', '--teacher-path', str(tmp_path / 'teacher.pth')]))
+    assert checkpoint(tmp_path)['optimizer']['state']                                  # both heads had gradients
+    assert not any(key.startswith('teacher') for key in checkpoint(tmp_path)['model'])
+
+
+def test_timms_own_model_trains_in_the_same_loop(image_folder, tmp_path):
+    main.main(parse_args([
+        '--model', 'deit_tiny_patch16_224', '--data-path', str(image_folder), '--input-size', '32', '--batch-size', '8',
+        '--epochs', '1', '--num_workers', '0', '--device', 'cpu', '--no-model-ema', '--output_dir', str(tmp_path)]))
     assert 'train_keep_rate' not in log_lines(tmp_path)[0] and checkpoint(tmp_path)['model_ema'] is None
 
 

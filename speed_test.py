@@ -1,0 +1,373 @@
+"""How fast a model is, how much it computes and how much memory it takes; the comparison of several models.
+
+    speed = throughput(model, input_size=224, batch_size=256, device='cuda', amp_dtype=torch.bfloat16)
+    print(speed)                                  # the figures, and on the same line how they were taken
+    ours, theirs = paired_throughput([a, b])      # windows in turn, so that ours.ratio_to(theirs) holds
+    macs(model), peak_memory(model, speed.protocol)
+
+All of it is for any timm model. From the command line, models are compared in one process, a row each::
+
+    python speed_test.py --models deit_small_patch16_shrink_base@0.7 deit_small_patch16_224
+"""
+import argparse
+import csv
+import dataclasses
+import functools
+import itertools
+import math
+import platform
+import statistics
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import to_2tuple
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models_evit import VARIANTS
+from utils import ArgumentParser
+
+# How torch and timm refuse a model or an input; out of memory is a RuntimeError.
+FAILURES = (AssertionError, RuntimeError, TypeError, ValueError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What is measured and how; its str() is the line that belongs beside every figure.
+
+    Args:
+        input_size: side of the square images, pixels.
+        batch_size: images in a batch.
+        device: a torch.device, the one that the models are on.
+        amp_dtype: precision of autocast; torch.float32 for none.
+        keep_rate: passed to the model if not None.
+        windows: number of windows timed.
+        window_seconds: least duration of a window and of the warm-up before the first.
+    """
+    input_size: int
+    batch_size: int
+    device: torch.device
+    amp_dtype: torch.dtype
+    keep_rate: float | None
+    windows: int
+    window_seconds: float
+
+    @property
+    def dtype(self):
+        name = str(self.amp_dtype).removeprefix('torch.')
+        return name if self.amp_dtype == torch.float32 else f'{name} autocast'
+
+    @property
+    def device_name(self):
+        if self.device.type == 'cuda':
+            return torch.cuda.get_device_name(self.device)
+        return f'{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)'
+
+    def __str__(self):
+        rate = '' if self.keep_rate is None else f', keep rate {self.keep_rate}'
+        return (f'batch {self.batch_size} of {self.input_size}×{self.input_size}, {self.dtype}{rate}, '
+                f'{self.device_name}, torch {torch.__version__}; inference and eval mode, after warm-up, '
+                f'synchronised, median [min–max] of {self.windows} windows of at least {self.window_seconds:g} s')
+
+    def images(self, seed=0):
+        """A random batch (B, 3, S, S), drawn without touching the random state of the process."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        shape = self.batch_size, 3, self.input_size, self.input_size
+        return torch.randn(shape, generator=generator, device=self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Images/s of a model in each window, and the protocol they were measured by."""
+    rates: tuple[float, ...]
+    protocol: Protocol
+
+    @property
+    def median(self):
+        return statistics.median(self.rates)
+
+    @property
+    def min(self):
+        return min(self.rates)
+
+    @property
+    def max(self):
+        return max(self.rates)
+
+    def ratio_to(self, other):
+        """How many times as fast as `other`, measured in turn with this one: median over pairs of windows."""
+        return statistics.median(a / b for a, b in zip(self.rates, other.rates, strict=True))
+
+    def __str__(self):
+        return f'{self.median:.1f} images/s [{self.min:.1f}–{self.max:.1f}]; {self.protocol}'
+
+
+@contextmanager
+def eval_mode(*models):
+    """Put models into eval mode, and afterwards each of their modules back into the mode it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:      # parents come first, so that the last word on a module is its own
+            module.train(training)
+
+
+def classify(model, images, keep_rate=None):
+    """Images (B, 3, H, W) → logits (B, num_classes); only a model that knows keep rates is given one."""
+    return model(images) if keep_rate is None else model(images, keep_rate=keep_rate)
+
+
+@torch.inference_mode()
+def forward(model, images, protocol):
+    """The pass that is measured, autocast as an evaluation enters it: anew for each batch."""
+    with torch.autocast(protocol.device.type, protocol.amp_dtype, enabled=protocol.amp_dtype != torch.float32):
+        return classify(model, images, protocol.keep_rate)
+
+
+def check_real(model, protocol):
+    """ValueError unless the logits of a batch are finite and depend on the images."""
+    with eval_mode(model):
+        first, second = (forward(model, protocol.images(seed), protocol) for seed in (0, 1))
+    if not first.isfinite().all():
+        raise ValueError('the output is not finite')
+    if torch.equal(first, second):
+        raise ValueError('the output does not depend on the input')
+
+
+def stopwatch(model, protocol):
+    """Check a model, in eval mode already, and warm it up; returns a function that times one window, in images/s."""
+    check_real(model, protocol)
+    images = protocol.images()
+
+    def synchronize():
+        if protocol.device.type == 'cuda':
+            torch.cuda.synchronize(protocol.device)
+
+    def window(burst):
+        synchronize()
+        start = time.perf_counter()
+        for passes in itertools.count(burst, burst):
+            for _ in range(burst):
+                forward(model, images, protocol)
+            synchronize()
+            seconds = time.perf_counter() - start
+            if seconds >= protocol.window_seconds:
+                return passes * protocol.batch_size / seconds
+
+    # To read the clock, a GPU must first run out of work: about eight times a window, not after each pass.
+    passes_per_second = window(burst=1) / protocol.batch_size
+    return functools.partial(window, max(1, int(passes_per_second * protocol.window_seconds / 8)))
+
+
+def time_in_turn(stopwatches, protocol):
+    """Time a window of each, then the next of each, and so on; returns a Throughput for each."""
+    rounds = [[window() for window in stopwatches] for _ in range(protocol.windows)]
+    return [Throughput(rates, protocol) for rates in zip(*rounds)]
+
+
+def paired_throughput(models, input_size=224, batch_size=16, device=None, amp_dtype=torch.float32, keep_rate=None,
+                      windows=5, window_seconds=1.):
+    """Images/s of several models, their windows in turn (A B A B …): what slows the machine down slows all of them.
+
+    Args:
+        models: on `device`, in any mode, which they have again afterwards.
+        device: the first model's if None.
+        others: see Protocol.
+    Returns:
+        a Throughput for each model.
+    Raises:
+        ValueError: an output is not finite, or does not depend on the input.
+    """
+    device = torch.device(device or next(models[0].parameters()).device)
+    protocol = Protocol(input_size, batch_size, device, amp_dtype, keep_rate, windows, window_seconds)
+    with eval_mode(*models):
+        return time_in_turn([stopwatch(model, protocol) for model in models], protocol)
+
+
+def throughput(model, input_size=224, **settings):
+    """Images/s of one model, a Throughput; settings as in `paired_throughput`."""
+    return paired_throughput([model], input_size, **settings)[0]
+
+
+def macs(model, input_size=224, keep_rate=None):
+    """GMACs (10⁹ multiply–accumulates) of the matrix products and convolutions for one image, attention included."""
+    image = torch.zeros(1, 3, input_size, input_size).to(next(model.parameters()))
+    # The math kernel shows attention's two products to the counter, which does not know every fused kernel.
+    # Gradients are on because the counter follows modules by autograd hooks and fails on parameters without.
+    with eval_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        classify(model, image, keep_rate)
+    return counter.get_total_flops() / 2e9
+
+
+def peak_memory(model, protocol):
+    """Peak MiB of a measured pass: weights, images, activations, no other model on the GPU; None but on CUDA.
+
+    Resets torch's own peak statistics.
+    """
+    if protocol.device.type != 'cuda':
+        return None
+    before = torch.cuda.memory_allocated(protocol.device)
+    torch.cuda.reset_peak_memory_stats(protocol.device)
+    with eval_mode(model):
+        forward(model, protocol.images(), protocol)
+    allocated = torch.cuda.max_memory_allocated(protocol.device) - before
+    return (allocated + sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers()))) / 2**20
+
+
+def has_fixed_input_size(name):
+    """Whether timm builds the model for one input size, which it must then be told."""
+    return timm.get_pretrained_cfg(name).fixed_input_size
+
+
+def build_model(name, keep_rate, input_size, fuse_token):
+    """Create a model with random weights in eval mode; `fuse_token` is for an EViT, as is `keep_rate` if not None."""
+    return timm.create_model(                                                          # which ignores what is None
+        name, img_size=input_size if has_fixed_input_size(name) else None, base_keep_rate=keep_rate,
+        fuse_token=fuse_token if name in VARIANTS else None).eval()
+
+
+def prepare(name, keep_rate, protocol, fuse_token):
+    """Build and warm up a model; returns its stopwatch, and what is known of it without the clock, as a dict."""
+    model = build_model(name, keep_rate, protocol.input_size, fuse_token).to(protocol.device)
+    watch = stopwatch(model, protocol)
+    return watch, {'gmacs': macs(model, protocol.input_size),
+                   'mparams': sum(p.numel() for p in model.parameters()) / 1e6,
+                   'memory_mib': peak_memory(model, protocol)}
+
+
+def compare(specs, protocol, fuse_token):
+    """Measure models in turn.
+
+    Args:
+        specs: (name, keep rate or None) of each model.
+    Returns:
+        for each model a dict of what was measured, or with only `model` and `failure`.
+    """
+    rows = [{'model': name if rate is None else f'{name}@{rate:g}'} for name, rate in specs]
+    stopwatches = []
+    for row, (name, rate) in zip(rows, specs):
+        try:
+            watch, facts = prepare(name, rate, protocol, fuse_token)
+        except FAILURES as failure:
+            row['failure'] = ' '.join(f'{type(failure).__name__}: {failure}'.split())
+        else:
+            row.update(facts)
+            stopwatches.append(watch)
+    speeds = time_in_turn(stopwatches, protocol)
+    for row, speed in zip([row for row in rows if 'failure' not in row], speeds, strict=True):
+        row.update(median=speed.median, min=speed.min, max=speed.max)
+        if 'failure' not in rows[-1]:
+            row['ratio'] = speed.ratio_to(speeds[-1])
+    return rows
+
+
+def format_table(rows):
+    """The rows of `compare` as lines of text; ratios are to the last model."""
+    width = max(len(row['model']) for row in rows)
+    yield f'{"model":{width}} {"images/s [min–max]":>28} {"ratio":>6} {"GMACs":>8} {"params/M":>8} {"memory/MiB":>10}'
+    for row in rows:
+        if 'failure' in row:
+            yield f'{row["model"]:{width}} failed: {row["failure"]}'
+            continue
+        speed = f'{row["median"]:.1f} [{row["min"]:.1f}–{row["max"]:.1f}]'
+        ratio = f'{row["ratio"]:.3f}' if 'ratio' in row else '–'
+        memory = '–' if row['memory_mib'] is None else f'{row["memory_mib"]:.0f}'
+        yield f'{row["model"]:{width}} {speed:>28} {ratio:>6} {row["gmacs"]:8.3f} {row["mparams"]:8.2f} {memory:>10}'
+
+
+def write_csv(path, rows, protocol):
+    """Write the rows of `compare`, each with the protocol, under a header line."""
+    columns = ['model', 'median', 'min', 'max', 'ratio', 'gmacs', 'mparams', 'memory_mib', 'failure', 'protocol']
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({**row, 'protocol': protocol} for row in rows)
+
+
+def model_spec(text):
+    """'NAME' or 'NAME@RATE' → (name, keep rate or None)."""
+    name, at, rate = text.partition('@')
+    if name not in timm.list_models() + timm.list_pretrained():
+        raise argparse.ArgumentTypeError(f'unknown model {name!r}')
+    if not at:
+        return name, None
+    if name not in VARIANTS:
+        raise argparse.ArgumentTypeError(f'{name} has no keep rate')
+    try:
+        keep_rate = float(rate)
+    except ValueError:
+        keep_rate = math.nan
+    if not 0 < keep_rate <= 1:
+        raise argparse.ArgumentTypeError(f'the keep rate must be a number in (0, 1], not {rate!r}')
+    return name, keep_rate
+
+
+def positive(number):
+    """An argparse type: a finite int or float above 0."""
+    def parse(text):
+        value = number(text)
+        if not 0 < value < math.inf:
+            raise ValueError(text)
+        return value
+
+    parse.__name__ = f'positive {number.__name__}'     # argparse's message names it
+    return parse
+
+
+def patch_size(name):
+    """(height, width) of the patches that a model cuts a fixed input into, (1, 1) where timm does not tell."""
+    if not has_fixed_input_size(name):
+        return 1, 1
+    with torch.device('meta'):                         # the structure alone
+        patch_embed = getattr(timm.create_model(name), 'patch_embed', None)
+    return to_2tuple(getattr(patch_embed, 'patch_size', 1))
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description='Throughput, MACs, parameters and peak memory of models, in turn.')
+    parser.add_argument('--models', nargs='+', type=model_spec, required=True, metavar='NAME[@RATE]',
+                        help='timm names, those of models_evit.py included; @RATE sets the base keep rate of an EViT')
+    parser.add_argument('--input-size', type=positive(int), default=224)
+    parser.add_argument('--batch-size', type=positive(int), default=16)
+    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto')
+    parser.add_argument('--amp-dtype', choices=['float32', 'bfloat16', 'float16'], default='float32')
+    parser.add_argument('--fuse-token', action=argparse.BooleanOptionalAction, default=True,
+                        help='let an EViT fuse the tokens that it does not keep')
+    parser.add_argument('--windows', type=positive(int), default=5)
+    parser.add_argument('--window-seconds', type=positive(float), default=1.)
+    parser.add_argument('--csv', type=Path, metavar='FILE')
+    args = parser.parse_args(argv)
+    for name, _ in args.models:
+        if any(args.input_size % side for side in patch_size(name)):
+            parser.error(f'the input size {args.input_size} is no multiple of the patch size {patch_size(name)} '
+                         f'of {name}')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('no CUDA device is available')
+    if args.csv and not args.csv.parent.is_dir():
+        parser.error(f'there is no folder {args.csv.parent}')
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.device == 'auto':
+        device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    else:
+        device = torch.device(args.device)
+    protocol = Protocol(args.input_size, args.batch_size, device, getattr(torch, args.amp_dtype), None,
+                        args.windows, args.window_seconds)
+    print(f'{protocol}; EViT with other tokens {"fused" if args.fuse_token else "dropped"}', flush=True)
+    rows = compare(args.models, protocol, args.fuse_token)
+    print(*format_table(rows), sep='\n')
+    if args.csv:
+        write_csv(args.csv, rows, protocol)
+
+
+if __name__ == '__main__':
+    main()

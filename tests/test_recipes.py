@@ -1,0 +1,48 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def run_recipe(script, *flags, **variables):
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()},
+                   'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    done = subprocess.run(['bash', str(ROOT / script), '--device', 'cpu', *flags], capture_output=True, text=True,
+                          env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_digits_and_then_finetuning_them(tmp_path):
+    quick = ['--epochs', '1', '--input-size', '32']
+    printed = run_recipe('run_code.sh', *quick, logdir=tmp_path / 'a')
+    assert 'deit_tiny_patch16_shrink_base' in printed and 'on the 360 test images' in printed
+    printed = run_recipe('finetune.sh', '--epochs', '1', '--input-size', '48', logdir=tmp_path / 'b',
+                         ckpt=tmp_path / 'a' / 'checkpoint.pth')
+    assert 'resized pos_embed from 2×2 patches to 3×3' in printed
+    first, second = (json.loads((tmp_path / name / 'log.txt').read_text()) for name in 'ab')
+    assert first['test_acc1'] > 10 and second['train_keep_rate'] == 0.7
+
+
+def test_the_papers_recipes_on_a_small_tree(image_folder, tmp_path):
+    small = ['--epochs', '1', '--batch-size', '8', '--model', 'deit_tiny_patch16_shrink_base', '--input-size', '32',
+             '--num_workers', '0']
+    run_recipe('run_code.sh', *small, datapath=image_folder, logdir=tmp_path / 'a')
+    run_recipe('finetune.sh', *small, datapath=image_folder, logdir=tmp_path / 'b',
+               ckpt=tmp_path / 'a' / 'checkpoint.pth')
+    assert (tmp_path / 'b' / 'checkpoint.pth').is_file()
+
+
+def test_the_readme_names_flags_that_there_are():
+    from main import get_args_parser
+    known = set(get_args_parser()._option_string_actions)
+    text = (ROOT / 'README.md').read_text() + (ROOT / 'run_code.sh').read_text() + (ROOT / 'finetune.sh').read_text()
+    lines = [line for line in text.replace('\\\n', ' ').splitlines()
+             if 'main.py' in line or 'run_code.sh' in line or line.startswith('        --')]
+    flags = {flag.replace('_', '-') for line in lines for flag in re.findall(r'(?<!\S)`?(--[a-z][\w-]+)', line)}
+    assert len(flags) > 20
+    assert flags - known <= {'--nproc-per-node', '--standalone', '--dir'}, flags - known

@@ -1,0 +1,305 @@
+"""The measuring: MACs against the paper, windows in turn, and a model left as it was found."""
+import csv
+import time
+import types
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+import speed_test
+from speed_test import Protocol, Throughput, check_real, compare, macs, paired_throughput, peak_memory, throughput
+
+TINY = 'deit_tiny_patch16_shrink_base'
+QUICK = dict(batch_size=2, window_seconds=0.001)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    """Models this small are slower on several threads, by far where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def protocol(**changes):
+    settings = dict(input_size=32, batch_size=2, device=torch.device('cpu'), amp_dtype=torch.float32, keep_rate=None,
+                    windows=5, window_seconds=0.001)
+    return Protocol(**settings | changes)
+
+
+def tiny(**kwargs):
+    return timm.create_model(TINY, img_size=32, **kwargs)
+
+
+class Recorder(nn.Module):
+    """Writes into `calls` what it is given at each pass; its logits are the images' means."""
+
+    def __init__(self, calls=None, name='model', seconds=0.):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.calls, self.name, self.seconds = [] if calls is None else calls, name, seconds
+
+    def forward(self, x, **kwargs):
+        time.sleep(self.seconds)
+        self.calls.append(types.SimpleNamespace(
+            name=self.name, shape=tuple(x.shape), kwargs=kwargs, training=self.training,
+            inference=torch.is_inference_mode_enabled(),
+            autocast=torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None))
+        return x.mean((2, 3)) * self.weight
+
+
+@pytest.mark.parametrize('fuse_token, gmacs', [
+    (True, {1.0: 4.604, 0.9: 4.026, 0.8: 3.480, 0.7: 3.032, 0.6: 2.638, 0.5: 2.311}),
+    (False, {0.9: 3.992, 0.8: 3.447, 0.7: 3.000, 0.6: 2.611, 0.5: 2.284}),
+], ids=['fused', 'dropped'])
+def test_macs_agree_with_the_paper(fuse_token, gmacs):
+    model = timm.create_model('deit_small_patch16_shrink_base', base_keep_rate=0.7, fuse_token=fuse_token)
+    assert {rate: macs(model, keep_rate=rate) for rate in gmacs if rate != 0.7} | {0.7: macs(model)} \
+        == pytest.approx(gmacs, rel=0.005)
+
+
+def test_macs_of_timm_models():
+    assert macs(timm.create_model('resnet18'), 64) == pytest.approx(1.81 * (64 / 224)**2, rel=0.02)
+    # One whose class token goes into a module as the parameter that it is, and the counting of whose attention
+    # does not hang on the kernel that timm chooses.
+    cait = timm.create_model('cait_xxs24_224', img_size=32, depth=2)
+    assert macs(cait, 32) > 0
+    deit = timm.create_model('deit_tiny_patch16_224', img_size=32, depth=2)
+    fused = macs(deit, 32)
+    for block in deit.blocks:
+        block.attn.fused_attn = False
+    assert macs(deit, 32) == fused
+
+
+def test_macs_leave_the_model_unharmed():
+    model = tiny(drop_path_rate=0.1)
+    model.blocks[2].eval()
+    modes = [module.training for module in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    macs(model, 32)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+def test_throughput_is_images_per_second():
+    result = throughput(Recorder(seconds=0.01), 32, batch_size=3, window_seconds=0.05)
+    assert 100 < result.median <= 300                       # at most 3 images in 0.01 s
+    assert len(result.rates) == 5 and result.min <= result.median <= result.max
+
+
+def test_every_window_lasts(monkeypatch):
+    """On a clock that each pass moves on by a second, a window of 10.5 s is 11 passes or a burst more."""
+    clock, model, ends = [0.], Recorder(), []
+    model.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 1.))
+    monkeypatch.setattr(speed_test.time, 'perf_counter', lambda: ends.append(clock[0]) or clock[0])
+    result = throughput(model, 8, batch_size=4, window_seconds=10.5)
+    assert result.rates == (4.,) * 5
+    assert ends[-1] >= 2 + 6 * 10.5                         # the check's two passes, the warm-up, five windows
+
+
+def test_clock_is_read_seldom_in_a_window(monkeypatch):
+    clock, model, readings = [0.], Recorder(), []
+    model.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 0.01))
+    monkeypatch.setattr(speed_test.time, 'perf_counter', lambda: readings.append(clock[0]) or clock[0])
+    window = speed_test.stopwatch(model, protocol(window_seconds=10.))
+    readings.clear()
+    window()
+    assert len(readings) <= 12                              # of a thousand passes
+
+
+class PretendCuda(Protocol):
+    """A protocol for a GPU, whose images are on the CPU."""
+
+    def images(self, seed=0):
+        return protocol().images(seed)
+
+
+def test_clock_is_read_synchronised(monkeypatch):
+    events = []
+    clock = time.perf_counter
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: events.append('synchronised'))
+    monkeypatch.setattr(speed_test.time, 'perf_counter', lambda: events.append('clock') or clock())
+    speed_test.stopwatch(Recorder(), PretendCuda(**vars(protocol(device=torch.device('cuda')))))()
+    before = [event for event, following in zip(events, events[1:]) if following == 'clock']
+    assert len(before) >= 4 and set(before) == {'synchronised'}
+
+
+def test_peak_memory_counts_this_model_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda device: 100 * 2**20)
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda device: None)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: 130 * 2**20)
+    model = nn.Identity()
+    model.register_parameter('weight', nn.Parameter(torch.ones(2**20)))
+    model.register_buffer('buffer', torch.ones(2**18))
+    assert peak_memory(model, PretendCuda(**vars(protocol(device=torch.device('cuda'))))) == 30 + 4 + 1
+
+
+def test_conditions_of_a_measured_pass():
+    model = Recorder().train()
+    throughput(model, 16, keep_rate=0.5, amp_dtype=torch.bfloat16, **QUICK)
+    assert model.training
+    for call in model.calls:
+        assert call.inference and not call.training and call.autocast == torch.bfloat16
+        assert call.shape == (2, 3, 16, 16) and call.kwargs == {'keep_rate': 0.5}
+    model.calls.clear()
+    throughput(model, 16, **QUICK)
+    assert all(call.autocast is None and call.kwargs == {} for call in model.calls)
+
+
+def test_modes_and_random_state_are_restored():
+    model = tiny().train()
+    model.blocks[2].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    throughput(model, 32, **QUICK)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+    broken = Recorder()
+    broken.register_forward_hook(lambda *_: torch.full((2, 3), torch.nan))
+    with pytest.raises(ValueError, match='not finite'):
+        throughput(broken, 32, **QUICK)
+    assert broken.training
+
+
+def test_windows_are_taken_in_turn():
+    calls = []
+    slow, fast = paired_throughput([Recorder(calls, 'A', 0.004), Recorder(calls, 'B', 0.001)], 8, batch_size=2,
+                                   window_seconds=0.02)
+    turns = [call.name for call, before in zip(calls[1:], calls) if call.name != before.name]
+    assert turns == ['B'] + ['A', 'B'] * 5                  # A's check and warm-up, B's, then the windows
+    assert fast.ratio_to(slow) > 1.5
+
+
+def test_ratio_is_of_paired_windows():
+    """A machine that slows down tenfold for some of the windows slows both models."""
+    ours, theirs = (Throughput(rates, protocol()) for rates in [(4., 4., .4, 2., .2), (2., 2., .2, 1., .1)])
+    assert ours.ratio_to(theirs) == pytest.approx(2.)
+    assert Throughput((1., 8., 3.), protocol()).ratio_to(Throughput((1., 2., 3.), protocol())) == 1.   # medians: 1.5
+
+
+def test_printed_line_says_what_was_measured():
+    settings = protocol(batch_size=7, amp_dtype=torch.bfloat16, keep_rate=0.6, window_seconds=0.25)
+    line = str(Throughput((10., 30., 20.), settings))
+    assert line.startswith('20.0 images/s [10.0–30.0]') and '\n' not in line and line.isprintable()
+    for word in ['batch 7', '32×32', 'bfloat16 autocast', 'keep rate 0.6', 'cpu', f'torch {torch.__version__}',
+                 '5 windows', '0.25 s', 'inference', 'eval', 'warm-up', 'synchronised', 'median']:
+        assert word in line
+    assert 'autocast' not in str(protocol()) and 'keep rate' not in str(protocol())
+
+
+@pytest.mark.parametrize('output, message', [
+    (lambda x: torch.ones(len(x), 10), 'depend'),
+    (lambda x: x.mean((2, 3)) * torch.inf, 'finite'),
+    (lambda x: x.mean((2, 3)).index_fill(1, torch.tensor([1]), torch.nan), 'finite'),
+])
+def test_check_real_refuses(output, message):
+    model = nn.Identity()
+    model.forward = output
+    with pytest.raises(ValueError, match=message):
+        check_real(model, protocol())
+
+
+def test_check_real_accepts_what_attends():
+    model = tiny().train()
+    check_real(model, protocol(amp_dtype=torch.bfloat16))
+    assert model.training
+
+
+def test_no_peak_memory_on_the_cpu():
+    assert peak_memory(tiny(), protocol()) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_on_cuda():
+    model = tiny().cuda()
+    result = throughput(model, 32, amp_dtype=torch.bfloat16, **QUICK)
+    assert result.median > 0 and torch.cuda.get_device_name() in str(result)
+    assert macs(model, 32) == pytest.approx(macs(tiny(), 32))
+    weights = sum(p.nbytes for p in model.parameters()) / 2**20
+    alone = peak_memory(model, result.protocol)
+    other = torch.empty(2**26, device='cuda')
+    assert weights < alone < 3 * weights
+    assert peak_memory(model, result.protocol) == pytest.approx(alone, rel=0.05)
+    del other
+
+
+def test_compare_goes_on_after_a_failure(monkeypatch):
+    def build(name, *args):
+        if name == 'refused':
+            raise RuntimeError('out of\nmemory')
+        model = Recorder()
+        if name == 'broken':
+            model.register_forward_hook(lambda _, args, out: out * torch.nan)
+        return model
+
+    monkeypatch.setattr(speed_test, 'build_model', build)
+    rows = compare([(name, None) for name in ['broken', 'one', 'refused', 'two']], protocol(), fuse_token=True)
+    assert rows[0] == {'model': 'broken', 'failure': 'ValueError: the output is not finite'}
+    assert rows[2] == {'model': 'refused', 'failure': 'RuntimeError: out of memory'}
+    assert rows[1]['median'] > 0 and rows[1]['ratio'] > 0 and rows[3]['ratio'] == 1.
+    lines = list(speed_test.format_table(rows))
+    assert 'failed: ValueError' in lines[1] and 'failed: RuntimeError' in lines[3] and '1.000' in lines[4]
+
+    rows = compare([('one', None), ('broken', None)], protocol(), fuse_token=True)
+    assert 'ratio' not in rows[0] and rows[0]['median'] > 0
+    assert len(list(speed_test.format_table(rows))) == 3
+
+
+def test_models_are_built_as_asked():
+    model = speed_test.build_model(TINY, 0.4, 48, True)
+    assert model.base_keep_rate == 0.4 and model.blocks[3].fuse_token and not model.training
+    assert model.patch_embed.img_size == (48, 48)
+    assert not speed_test.build_model(TINY, None, 48, False).blocks[3].fuse_token
+    assert speed_test.build_model(TINY, None, 48, False).base_keep_rate == 0.7
+    speed_test.build_model('resnet18', None, 48, True)
+
+
+def test_command_line(tmp_path, capsys):
+    file = tmp_path / 'speed.csv'
+    speed_test.main(['--models', f'{TINY}@0.5', 'test_efficientnet', 'deit_tiny_patch16_224', '--input-size', '64',
+                     '--batch-size', '2', '--device', 'cpu', '--no-fuse-token', '--window-seconds', '0.01',
+                     '--csv', str(file)])
+    header, titles, *lines = capsys.readouterr().out.splitlines()
+    assert 'batch 2 of 64×64, float32' in header and 'dropped' in header
+    assert [line.split()[0] for line in lines] == [f'{TINY}@0.5', 'test_efficientnet', 'deit_tiny_patch16_224']
+    for title in ['images/s', 'ratio', 'GMACs', 'params', 'memory']:
+        assert title in titles
+    with open(file, newline='') as opened:
+        rows = list(csv.DictReader(opened))
+    evit = timm.create_model(TINY, img_size=64, base_keep_rate=0.5)
+    assert float(rows[0]['gmacs']) == pytest.approx(macs(evit, 64))
+    assert float(rows[0]['mparams']) == pytest.approx(sum(p.numel() for p in evit.parameters()) / 1e6)
+    assert float(rows[2]['ratio']) == 1. and rows[0]['memory_mib'] == '' and rows[0]['protocol'] in header
+    assert all(float(row['min']) <= float(row['median']) <= float(row['max']) for row in rows)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--models', 'no_such_model'], 'no_such_model'),
+    (['--models', 'deit_tiny_patch16_224.no_such_tag'], 'no_such_tag'),
+    (['--models', f'{TINY}@0'], '(0, 1]'),
+    (['--models', f'{TINY}@1.5'], '(0, 1]'),
+    (['--models', f'{TINY}@nan'], '(0, 1]'),
+    (['--models', f'{TINY}@'], '(0, 1]'),
+    (['--models', 'deit_tiny_patch16_224@0.5'], 'no keep rate'),
+    (['--models', TINY, '--input-size', '100'], 'multiple of the patch size'),
+    (['--models', TINY, 'deit_tiny_patch16_224', '--batch-size', '0'], '--batch-size'),
+    (['--models', TINY, '--csv', 'no/such/folder/speed.csv'], 'no/such/folder'),
+])
+def test_wrong_input(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        speed_test.main(arguments)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and message in captured.err.splitlines()[-1] and captured.out == ''
+
+
+def test_right_input():
+    args = speed_test.parse_args(['--models', f'{TINY}@1', 'resnet18', '--input-size', '224'])
+    assert args.models == [(TINY, 1.), ('resnet18', None)] and args.fuse_token
+    # Neither a convolutional stem, nor patches that overlap, must divide the input.
+    assert speed_test.parse_args(['--models', 'resnet18', 'pvt_v2_b0', '--input-size', '250'])
