@@ -140,9 +140,9 @@ def build_transform(is_train, args):
     size, digits = args.input_size, args.data_set == 'DIGITS'
     if is_train:
         # A digit is upright and fills its picture: no mirroring, and crops that leave it whole
-        gentle = dict(scale=(0.7, 1.), ratio=(0.9, 1.1), hflip=0.) if digits else {}
+        gentle = dict(scale=(0.85, 1.), ratio=(0.95, 1.05), hflip=0.) if digits else {}
         transform = create_transform(
-            size, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
+            size, is_training=True, color_jitter=args.color_jitter or None, auto_augment=args.aa,
             interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
             **gentle)
         if size <= 32 and not digits:

@@ -77,7 +77,7 @@ def init_process_group(device, dist_url='env://', world_size=1):
     if device.type == 'cuda':
         if not torch.cuda.is_available():
             raise InputError('--device cuda, but torch sees no CUDA device here; use --device cpu')
-        if 'RANK' in os.environ:
+        if 'RANK' in os.environ or device.index is None:
             device = torch.device('cuda', local_rank())
         torch.cuda.set_device(device)
     if 'RANK' in os.environ:

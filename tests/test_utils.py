@@ -94,3 +94,18 @@ def test_world_of_several_needs_a_rank(monkeypatch):
     with pytest.raises(InputError, match='RANK'):
         utils.init_process_group('cpu', world_size=2)
     assert utils.init_process_group('cpu') == torch.device('cpu') and utils.world_size() == 1
+
+
+@pytest.mark.parametrize('name, environment, expected', [
+    ('cuda', {}, 'cuda:0'), ('cuda:1', {}, 'cuda:1'), ('cuda', {'RANK': '3', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1'}, 'cuda:1')])
+def test_a_process_takes_the_gpu_of_its_local_rank(name, environment, expected, monkeypatch):
+    for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    joined, chosen = [], []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, **kwargs: joined.append(backend))
+    assert utils.init_process_group(name) == torch.device(expected) and chosen == [torch.device(expected)]
+    assert joined == (['nccl'] if environment else [])
