@@ -199,7 +199,8 @@ def parse_args(argv):
              f'--distillation-type {args.distillation_type} needs --teacher-path'),
             (args.distillation_type != 'none' and 'distilled' not in args.model,
              f'--distillation-type {args.distillation_type} needs a model with a distillation token, not {args.model}'),
-            (mixed and args.batch_size % 2 and not evaluates_only(args), f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
+            (mixed and args.batch_size % 2 and not evaluates_only(args),
+             f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
             (args.visualize_mask and args.model not in models_evit.VARIANTS,
              f'--visualize-mask: {args.model} does not reorganise tokens; take a model of models_evit.py'),
             (evaluates_only(args) and not (args.resume or args.finetune),
@@ -445,6 +446,8 @@ def train(args, training, loader_train, loader_val, num_classes, device):
         parallel = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     output = RunOutput(args, training.epoch)
     start = time.perf_counter()
+    if training.epoch >= args.epochs:
+        log(f'Nothing is left to train: {training.epoch} of {args.epochs} epochs are done')
     while training.epoch < args.epochs:
         epoch = training.epoch
         set_training_mode(model, args)

@@ -167,12 +167,11 @@ class Progress:
 # --- Checkpoints ----------------------------------------------------------------------------------------------------
 
 def save_checkpoint(checkpoint, *paths):
-    """Write a checkpoint from the first process, each file whole or not at all."""
-    if rank() == 0:
-        for path in paths:
-            temporary = path.with_name(path.name + '.tmp')
-            torch.save(checkpoint, temporary)
-            os.replace(temporary, path)
+    """Write a checkpoint to each path, whole or not at all."""
+    for path in paths:
+        temporary = path.with_name(path.name + '.tmp')
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
 
 
 def load_checkpoint(source):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torchprofile
 
 import speed_test
 from speed_test import Protocol, Throughput, check_real, compare, macs, paired_throughput, peak_memory, throughput
@@ -59,6 +60,12 @@ def test_macs_agree_with_the_paper(fuse_token, gmacs):
     model = timm.create_model('deit_small_patch16_shrink_base', base_keep_rate=0.7, fuse_token=fuse_token)
     assert {rate: macs(model, keep_rate=rate) for rate in gmacs if rate != 0.7} | {0.7: macs(model)} \
         == pytest.approx(gmacs, rel=0.005)
+
+
+def test_macs_agree_with_torchprofile():
+    model = timm.create_model('deit_small_patch16_shrink_base', base_keep_rate=0.7, fuse_token=True).eval()
+    counted = torchprofile.profile_macs(model, torch.zeros(1, 3, 224, 224)) / 1e9
+    assert macs(model) == pytest.approx(counted, rel=0.005)
 
 
 def test_macs_of_timm_models():
