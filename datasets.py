@@ -127,9 +127,9 @@ def build_dataset(is_train, args):
 
 def check_same_classes(dataset_train, dataset_val):
     """InputError, naming the first ones, where the two sets do not have the same classes."""
-    lacking = [f'{name} is in {inside} only'
-               for inside, outside, places in (('train', dataset_val, dataset_train), ('val', dataset_train, dataset_val))
-               for name in places.classes if name not in set(outside.classes)]
+    train, val = set(dataset_train.classes), set(dataset_val.classes)
+    lacking = [*(f'{name} is in train only' for name in sorted(train - val)),
+               *(f'{name} is in val only' for name in sorted(val - train))]
     if lacking:
         more = f', and {len(lacking) - 3} more' if len(lacking) > 3 else ''
         raise InputError(f'train and val differ in their classes: {", ".join(lacking[:3])}{more}')

@@ -23,7 +23,6 @@ Databases of the original EViT code are read too. Each of their values is 16 zer
 row and one column `list`, a dense union. Under `0`, `1`, … it holds the list [bytes of the image file, label], under
 `__len__` the number of images, under `__keys__` the list of their keys. They name neither classes nor files.
 """
-import argparse
 import collections
 import contextlib
 import fcntl
@@ -454,7 +453,8 @@ def verify(path, workers=4):
 # --- Command line ---------------------------------------------------------------------------------------------------
 
 def parse_args():
-    parser = ArgumentParser(description='Pack trees <dir>/<split>/<class>/<image> into one LMDB file each, <dir>/<split>.lmdb.')
+    parser = ArgumentParser(
+        description='Pack trees <dir>/<split>/<class>/<image> into one LMDB file each, <dir>/<split>.lmdb.')
     parser.add_argument('--dir', required=True, help='folder of the splits')
     parser.add_argument('--splits', default='train,val', help='names, with commas between (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=4, help='threads that read files (default: %(default)s)')

@@ -1,4 +1,3 @@
-import argparse
 import json
 
 import numpy as np
@@ -8,7 +7,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-import datasets
 from datasets import Digits, INaturalist, SeededDataset, build_dataset, build_transform, check_same_classes
 from main import parse_args
 from samplers import TrainSampler

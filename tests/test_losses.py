@@ -10,7 +10,8 @@ from losses import DistillationLoss
                          ids=lambda case: f'{case["type"]}-{case["alpha"]}')
 def test_distillation_is_the_originals(case):
     generator = np.random.RandomState(5)
-    outputs, outputs_kd, images = (torch.tensor(generator.standard_normal(shape)) for shape in ((4, 10), (4, 10), (4, 12)))
+    shapes = (4, 10), (4, 10), (4, 12)
+    outputs, outputs_kd, images = (torch.tensor(generator.standard_normal(shape)) for shape in shapes)
     criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), lambda x: 1.5 * x[:, :10], case['type'], case['alpha'],
                                  case['tau'])
     loss = criterion(images, (outputs, outputs_kd), torch.tensor([1, 2, 3, 4]))

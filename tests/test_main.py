@@ -318,7 +318,8 @@ def test_lmdb_gives_the_losses_of_the_tree(image_folder, tmp_path):
 def test_a_picture_that_does_not_decode_is_named(workers, image_folder, tmp_path, monkeypatch, capsys):
     tree = shutil.copytree(image_folder, tmp_path / 'tree')
     (tree / 'train' / 'red' / '3.png').write_bytes(b'no picture')
-    flags = [*TINY, '--data-path', str(tree), '--batch-size', '8', '--epochs', '1', '--num_workers', workers]
+    flags = [*TINY, '--data-path', str(tree), '--batch-size', '8', '--epochs', '1', '--num_workers', workers,
+             '--no-repeated-aug']                      # so that each picture is read
     monkeypatch.setattr(sys, 'argv', ['main.py', *flags])
     with pytest.raises(SystemExit) as exit_:
         main.run()

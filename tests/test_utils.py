@@ -97,7 +97,8 @@ def test_world_of_several_needs_a_rank(monkeypatch):
 
 
 @pytest.mark.parametrize('name, environment, expected', [
-    ('cuda', {}, 'cuda:0'), ('cuda:1', {}, 'cuda:1'), ('cuda', {'RANK': '3', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1'}, 'cuda:1')])
+    ('cuda', {}, 'cuda:0'), ('cuda:1', {}, 'cuda:1'),
+    ('cuda', {'RANK': '3', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1'}, 'cuda:1')])
 def test_a_process_takes_the_gpu_of_its_local_rank(name, environment, expected, monkeypatch):
     for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.delenv(key, raising=False)
