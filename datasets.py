@@ -48,16 +48,20 @@ class INaturalist(Dataset):
     """
 
     def __init__(self, root, train, year, category='name', transform=None):
-        root = Path(root)
-        taxa = {taxon.get('id', i): taxon[category] for i, taxon in enumerate(_read_json(root / 'categories.json'))}
-        training = _read_json(root / f'train{year}.json')
-        listed = training if train else _read_json(root / f'val{year}.json')
-        self.classes = list(dict.fromkeys(taxa[entry['category_id']] for entry in training['annotations']))
-        number = {name: i for i, name in enumerate(self.classes)}
+        root, split = Path(root), 'train' if train else 'val'
+        categories, training, listed = (
+            _read_json(root / name) for name in ('categories.json', f'train{year}.json', f'{split}{year}.json'))
         self.samples = []
-        for entry in listed['images']:
-            folder, _, category_id, file = entry['file_name'].split('/')
-            self.samples.append((root / folder / category_id / file, number[taxa[int(category_id)]]))
+        try:
+            taxa = {taxon.get('id', i): taxon[category] for i, taxon in enumerate(categories)}
+            self.classes = list(dict.fromkeys(taxa[entry['category_id']] for entry in training['annotations']))
+            number = {name: i for i, name in enumerate(self.classes)}
+            for entry in listed['images']:
+                folder, _, category_id, file = entry['file_name'].split('/')
+                self.samples.append((root / folder / category_id / file, number[taxa[int(category_id)]]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f'the annotations of iNaturalist {year} in {root}, with --inat-category {category}, '
+                             f'are not as they should be: {error!r}') from None
         self.targets = [label for _, label in self.samples]
         self.transform = transform
 
@@ -78,7 +82,10 @@ def load_picture(path):
 def _read_json(path):
     if not path.is_file():
         raise InputError(f'{path} is missing; iNaturalist needs it beside the images')
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f'{path} is not JSON: {error}') from None
 
 
 class SeededDataset(Dataset):
@@ -138,18 +145,21 @@ def check_same_classes(dataset_train, dataset_val):
 def build_transform(is_train, args):
     """PIL picture → normalised float32 tensor (3, S, S): the DeiT recipe, or what digits bear of it."""
     size, digits = args.input_size, args.data_set == 'DIGITS'
+    small = args.data_set == 'CIFAR' and size == 32                        # stays as it is: a shift replaces the crop
     if is_train:
         # A digit is upright and fills its picture: no mirroring, and crops that leave it whole
         gentle = dict(scale=(0.85, 1.), ratio=(0.95, 1.05), hflip=0.) if digits else {}
-        transform = create_transform(
-            size, is_training=True, color_jitter=args.color_jitter or None, auto_augment=args.aa,
-            interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode, re_count=args.recount,
-            **gentle)
-        if size <= 32 and not digits:
-            # Pictures of this size (CIFAR) are not enlarged: a shift replaces the resized crop
+        try:
+            transform = create_transform(
+                size, is_training=True, color_jitter=args.color_jitter or None, auto_augment=args.aa,
+                interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode,
+                re_count=args.recount, **gentle)
+        except (AssertionError, ValueError) as error:
+            raise InputError(f'--aa {args.aa} is no policy of timm: {error}') from None
+        if small:
             transform.transforms[0] = transforms.RandomCrop(size, padding=4)
         return transform
     bicubic = transforms.InterpolationMode.BICUBIC
-    resize = transforms.Resize((size, size) if digits else int(256 / 224 * size), bicubic)
+    resize = transforms.Resize((size, size) if digits or small else int(256 / 224 * size), bicubic)
     return transforms.Compose([resize, transforms.CenterCrop(size), transforms.ToTensor(),
                                transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])

@@ -47,7 +47,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             loss = criterion(images, model(images, **rate), labels)
 
         optimizer.zero_grad()
-        scaler.scale(loss).backward(create_graph=getattr(optimizer, 'is_second_order', False))
+        scaler.scale(loss).backward()
         if clip_grad is not None:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)

@@ -42,7 +42,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from utils import ArgumentParser, InputError
+from utils import ArgumentParser, DataError, InputError
 
 FORMAT, VERSION = b'folder2lmdb', 1
 HEADER_KEY, LABELS_KEY, NAMES_KEY = b'header', b'labels', b'names'      # they sort after the digits: all is appended
@@ -138,7 +138,7 @@ def decode_picture(source, where):
 def _undecodable(where, error):
     # Pillow's text of this one names an object in memory
     unknown = isinstance(error, UnidentifiedImageError)
-    return InputError(f'{where} does not decode: {"no image format of Pillow" if unknown else _one_line(error)}')
+    return DataError(f'{where} does not decode: {"no image format of Pillow" if unknown else _one_line(error)}')
 
 
 def _one_line(error):

@@ -7,7 +7,9 @@ import datetime
 import json
 import math
 import os
+import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -46,23 +48,26 @@ def keep_rate(text):
 
 def block_numbers(text):
     try:
-        return tuple(int(number) for number in text.strip('()[] ').rstrip(',').split(','))
+        inside = text[1:-1] if text[:1] + text[-1:] in ('()', '[]') else text
+        return tuple(int(number) for number in inside.rstrip(', ').split(','))
     except ValueError:
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of block numbers such as 3,6,9') from None
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not a number from 1 up')
-    return value
+def within(low, high, kind=float):
+    """An argparse type: a finite number of `kind` from `low` to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f'{text} does not lie within {low} to {high}')
+        return value
+
+    parse.__name__ = kind.__name__                     # argparse's message names it
+    return parse
 
 
-def count(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f'{text} is not a number from 0 up')
-    return value
+share, non_negative = within(0, 1), within(0, math.inf)
+positive_int, count = within(1, math.inf, int), within(0, 2 ** 31, int)
 
 
 def get_args_parser():
@@ -85,58 +90,59 @@ def get_args_parser():
     add = parser.add_argument_group('model').add_argument
     add('--model', default='deit_small_patch16_shrink_base', help='a model of models_evit.py or any of timm')
     add('--input-size', type=positive_int, default=224, help='pixels')
-    add('--drop', type=float, default=0.0, help='dropout rate of the head')
-    add('--drop-path', type=float, default=0.1, help='stochastic depth rate')
+    add('--drop', type=share, default=0.0, help='dropout rate of the head')
+    add('--drop-path', type=within(0, 0.99), default=0.1, help='stochastic depth rate')
     add('--model-ema', action='store_true', default=True, help='keep a moving average of the weights')
     add('--no-model-ema', action='store_false', dest='model_ema')
-    add('--model-ema-decay', type=float, default=0.99996)
-    add('--model-ema-force-cpu', action='store_true', help='keep it in main memory')
+    add('--model-ema-decay', type=share, default=0.99996)
+    add('--model-ema-force-cpu', action='store_true',
+        help='keep it in main memory; training on a GPU then does not evaluate it')
 
     add = parser.add_argument_group('optimizer').add_argument
     add('--opt', default='adamw', help="an optimizer by timm's name")
     add('--opt-eps', type=float, default=1e-8)
     add('--opt-betas', type=float, nargs=2, help="None: the optimizer's own")
-    add('--clip-grad', type=float, help='largest norm of the gradient; None: any')
+    add('--clip-grad', type=non_negative, help='largest norm of the gradient; None: any')
     add('--momentum', type=float, default=0.9)
-    add('--weight-decay', type=float, default=0.05)
+    add('--weight-decay', type=non_negative, default=0.05)
 
     add = parser.add_argument_group('schedule').add_argument
     add('--epochs', type=positive_int, default=300)
     add('--batch-size', type=positive_int, default=64, help='images a process; validation takes 1.5 times as many')
     add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly'])
-    add('--lr', type=float, default=5e-4, help='learning rate, times global batch size / 512')
+    add('--lr', type=non_negative, default=5e-4, help='learning rate, times global batch size / 512')
     add('--lr-noise', type=float, nargs='+', help='where noise on the rate begins and ends, as shares of the epochs')
     add('--lr-noise-pct', type=float, default=0.67)
     add('--lr-noise-std', type=float, default=1.0)
-    add('--warmup-lr', type=float, default=1e-6)
-    add('--min-lr', type=float, default=1e-5)
-    add('--decay-epochs', type=float, default=30)
+    add('--warmup-lr', type=non_negative, default=1e-6)
+    add('--min-lr', type=non_negative, default=1e-5)
+    add('--decay-epochs', type=within(1, math.inf), default=30)
     add('--warmup-epochs', type=count, default=5)
     add('--patience-epochs', type=count, default=10)
     add('--decay-rate', type=float, default=0.1)
 
     add = parser.add_argument_group('augmentation').add_argument
-    add('--color-jitter', type=float, default=0.4, help='where --aa is empty')
+    add('--color-jitter', type=non_negative, default=0.4, help='where --aa is empty')
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's AutoAugment policy, or '' for none")
-    add('--smoothing', type=float, default=0.1, help='label smoothing')
+    add('--smoothing', type=within(0, 0.99), default=0.1, help='label smoothing')
     add('--train-interpolation', default='bicubic', choices=['random', 'bilinear', 'bicubic'])
     add('--repeated-aug', action='store_true', default=True, help='three augmented copies of an image in an epoch')
     add('--no-repeated-aug', action='store_false', dest='repeated_aug')
-    add('--reprob', type=float, default=0.25, help='random erasing: probability')
+    add('--reprob', type=share, default=0.25, help='random erasing: probability')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='random erasing: fill')
     add('--recount', type=positive_int, default=1, help='random erasing: number of regions')
-    add('--mixup', type=float, default=0.8, help='alpha of mixup; 0: none')
-    add('--cutmix', type=float, default=1.0, help='alpha of cutmix; 0: none')
-    add('--cutmix-minmax', type=float, nargs=2, help='smallest and largest share of cutmix, instead of alpha')
-    add('--mixup-prob', type=float, default=1.0, help='probability that a batch is mixed at all')
-    add('--mixup-switch-prob', type=float, default=0.5, help='probability of cutmix where both are on')
+    add('--mixup', type=non_negative, default=0.8, help='alpha of mixup; 0: none')
+    add('--cutmix', type=non_negative, default=1.0, help='alpha of cutmix; 0: none')
+    add('--cutmix-minmax', type=share, nargs=2, help='smallest and largest share of cutmix, instead of alpha')
+    add('--mixup-prob', type=share, default=1.0, help='probability that a batch is mixed at all')
+    add('--mixup-switch-prob', type=share, default=0.5, help='probability of cutmix where both are on')
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'])
 
     add = parser.add_argument_group('distillation').add_argument
     add('--teacher-model', default='regnety_160', help="timm's name")
     add('--teacher-path', help='checkpoint or https address of the teacher')
     add('--distillation-type', default='none', choices=['none', 'soft', 'hard'])
-    add('--distillation-alpha', type=float, default=0.5)
+    add('--distillation-alpha', type=share, default=0.5)
     add('--distillation-tau', type=float, default=1.0)
 
     add = parser.add_argument_group('finetuning').add_argument
@@ -185,7 +191,7 @@ def parse_args(argv):
         parser.set_defaults(base_keep_rate=models_evit.VARIANTS[args.model].keep_rate)
         args = parser.parse_args(argv)
     if args.data_set is None:
-        args.data_set = 'IMNET' if args.data_path else 'DIGITS'
+        args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     for wrong, message in (
             (not timm.is_model(args.model), f'--model {args.model} is neither in models_evit.py nor in timm'),
@@ -194,16 +200,21 @@ def parse_args(argv):
              f'take a model of models_evit.py or leave the flag out'),
             (args.data_set != 'DIGITS' and not args.data_path and not args.only_test_speed,
              f'--data-set {args.data_set} needs --data-path'),
+            (args.data_set == 'DIGITS' and args.data_path is not None, '--data-set DIGITS takes no --data-path'),
+            (args.finetune == '', '--finetune names no checkpoint'),
             (args.use_lmdb and args.data_set != 'IMNET', '--use-lmdb goes with --data-set IMNET and --data-path'),
             (args.distillation_type != 'none' and not args.teacher_path,
              f'--distillation-type {args.distillation_type} needs --teacher-path'),
+            (not timm.is_model(args.teacher_model), f'--teacher-model {args.teacher_model} is not in timm'),
             (args.distillation_type != 'none' and 'distilled' not in args.model,
              f'--distillation-type {args.distillation_type} needs a model with a distillation token, not {args.model}'),
             (mixed and args.batch_size % 2 and not evaluates_only(args),
              f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
             (args.visualize_mask and args.model not in models_evit.VARIANTS,
              f'--visualize-mask: {args.model} does not reorganise tokens; take a model of models_evit.py'),
-            (evaluates_only(args) and not (args.resume or args.finetune),
+            (args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1],
+             '--cutmix-minmax takes the smaller share first'),
+            (evaluates_only(args) and not args.resume,
              '--eval and --visualize-mask need --resume CHECKPOINT')):
         if wrong:
             parser.error(message)
@@ -226,8 +237,8 @@ def build_loaders(args, device):
     check_same_classes(dataset_train, dataset_val)
     sampler = TrainSampler(dataset_train, utils.world_size(), utils.rank(), args.seed, args.repeated_aug)
     if len(sampler) < args.batch_size:
-        raise InputError(f'{len(dataset_train)} training images on {utils.world_size()} process(es) are fewer than '
-                         f'one batch of {args.batch_size}; lower --batch-size')
+        raise InputError(f'{len(dataset_train)} training images give each of {utils.world_size()} process(es) '
+                         f'{len(sampler)} an epoch, fewer than one batch of {args.batch_size}; lower --batch-size')
     loader_train = DataLoader(SeededDataset(dataset_train), args.batch_size, sampler=sampler, drop_last=True, **options)
     return loader_train, loader_val
 
@@ -288,10 +299,13 @@ def load_finetune(model, source):
         if weights[key].shape != own[key].shape:
             log(f'{source}: dropped {key} {list(weights[key].shape)}, the model has {list(own[key].shape)}')
             del weights[key]
+    for key in sorted(head & own.keys() - weights.keys()):
+        log(f'{source}: no {key} is taken, it starts anew')
     old = weights.get('pos_embed')
-    if old is not None and 'pos_embed' in own and old.shape != own['pos_embed'].shape:
-        grid_size = math.isqrt(max(0, old.shape[1] - model.num_prefix_tokens))
-        if grid_size ** 2 == old.shape[1] - model.num_prefix_tokens:
+    if old is not None and old.ndim == 3 and 'pos_embed' in own and old.shape != own['pos_embed'].shape:
+        num_patches = old.shape[1] - model.num_prefix_tokens
+        grid_size = math.isqrt(max(0, num_patches))
+        if grid_size > 0 and grid_size ** 2 == num_patches:
             weights['pos_embed'] = models_evit.resize_pos_embed(old, model)
             log(f'{source}: resized pos_embed from {grid_size}×{grid_size} patches to '
                 f'{"×".join(map(str, model.patch_embed.grid_size))}')
@@ -310,9 +324,11 @@ class Training:
         fused = {'fused': True} if args.opt == 'adamw' else {}                         # one kernel for all tensors
         try:
             self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr, **fused})
-        except ValueError as error:
-            raise InputError(f'--opt {args.opt}: {error}') from None
+        except (ValueError, AssertionError, RuntimeError) as error:
+            raise InputError(f'--opt {args.opt} cannot be used here: {error}') from None
         self.lr_scheduler, _ = create_scheduler(args, self.optimizer)
+        if args.start_epoch:
+            self.lr_scheduler.step(args.start_epoch - 1)
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=choose_amp_dtype(args.amp_dtype, device) == torch.float16)
         self.model_ema = None
@@ -347,22 +363,27 @@ class Training:
             return
         try:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
-        except ValueError as error:
-            raise InputError(f'{source} was trained with another optimizer: {error}') from None
-        self.lr_scheduler.load_state_dict(checkpoint['lr_scheduler'])
-        if checkpoint.get('scaler'):
-            self.scaler.load_state_dict(checkpoint['scaler'])
-        self.epoch = checkpoint['epoch'] + 1
+            self.lr_scheduler.load_state_dict(checkpoint['lr_scheduler'])
+            if checkpoint.get('scaler'):
+                self.scaler.load_state_dict(checkpoint['scaler'])
+            self.epoch = checkpoint['epoch'] + 1
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f'{source} lacks a part, or is of another optimizer: {error!r}') from None
         self.best_acc1 = checkpoint.get('best_acc1', 0.)
 
 
 def read_resume(args):
-    """The checkpoint of --resume; says which settings that change its accuracy it was trained with, if others."""
+    """The checkpoint of --resume; says which settings that change what it does it was trained with, if others."""
     checkpoint = utils.load_checkpoint(args.resume)
-    trained = checkpoint.get('args', {})
+    trained = checkpoint.get('args') or {}
     trained = trained if isinstance(trained, dict) else vars(trained)
-    for name in ('model', 'input_size', 'base_keep_rate', 'fuse_token', 'drop_loc'):
-        if name in trained and str(trained[name]) != str(getattr(args, name)):
+    for name in () if evaluates_only(args) else ('opt', 'sched'):
+        if name in trained and trained[name] != getattr(args, name):
+            raise InputError(f'{args.resume} was trained with --{name} {trained[name]} and cannot go on with '
+                             f'{getattr(args, name)}')
+    settings = ('model', 'input_size', 'base_keep_rate', 'fuse_token', 'drop_loc')
+    for name in settings if evaluates_only(args) else (*settings, 'finetune'):
+        if name in trained and str(trained[name] or '') != str(getattr(args, name) or ''):
             log(f'note: {args.resume} was trained with {name} {trained[name]}, this run has {getattr(args, name)}')
     return checkpoint
 
@@ -378,10 +399,7 @@ def test_accuracy(args, model, loader, device, name='network', sharded=None):
 
 
 def run_evaluation(args, model, loader, device):
-    """Evaluate the checkpoint of --resume, its moving average too if it has one, or that of --finetune."""
-    if not args.resume:
-        test_accuracy(args, model, loader, device)
-        return
+    """Evaluate the checkpoint of --resume, and its moving average if it has one."""
     checkpoint = read_resume(args)
     utils.load_weights(model, checkpoint['model'], args.resume)
     test_accuracy(args, model, loader, device)
@@ -418,8 +436,10 @@ def visualize(args, model, dataset, device):
 def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        raise InputError(f'the output folder {path} cannot be made: {error.strerror}') from None
+        raise InputError(f'the output folder {path} cannot be made or written to: {error.strerror}') from None
     return Path(path)
 
 
@@ -456,7 +476,6 @@ def train(args, training, loader_train, loader_val, num_classes, device):
             parallel, criterion, loader_train, training.optimizer, epoch, device=device, scaler=training.scaler,
             amp_dtype=choose_amp_dtype(args.amp_dtype, device), seed=args.seed, keep_rate=keep_rate_of_step,
             mixup=mixup, model_ema=training.model_ema, clip_grad=args.clip_grad, print_freq=args.print_freq)
-        training.lr_scheduler.step(epoch)
         training.epoch += 1
         stats = {f'train_{key}': value for key, value in train_stats.items()}
         best = False
@@ -465,6 +484,7 @@ def train(args, training, loader_train, loader_val, num_classes, device):
             best = stats['test_acc1'] >= training.best_acc1
             training.best_acc1 = max(training.best_acc1, stats['test_acc1'])
             log(f'Max accuracy: {training.best_acc1:.2f}%')
+        training.lr_scheduler.step(epoch, stats.get('test_acc1'))
         output.save(training.checkpoint(args), best)
         output.write(stats, epoch, sum(p.numel() for p in model.parameters() if p.requires_grad))
     output.close()
@@ -474,7 +494,7 @@ def train(args, training, loader_train, loader_val, num_classes, device):
 def test_stats(args, training, loader, device):
     """Figures of the model, and of its moving average beside it, for the log."""
     stats = test_accuracy(args, training.model, loader, device)
-    if training.model_ema and not args.model_ema_force_cpu:
+    if training.model_ema and next(training.model_ema.module.parameters()).device == device:
         ema_stats = test_accuracy(args, training.model_ema.module, loader, device, 'EMA network')
         stats |= {f'ema_{key}': value for key, value in ema_stats.items()}
     return {f'test_{key}': value for key, value in stats.items() if not key.endswith('images')}
@@ -484,7 +504,8 @@ class RunOutput:
     """The output folder of the first process: checkpoints, log.txt (a JSON line an epoch), TensorBoard scalars."""
 
     def __init__(self, args, epoch):
-        self.folder = make_folder(args.output_dir) if args.output_dir and utils.rank() == 0 else None
+        folder = make_folder(args.output_dir) if args.output_dir else None             # everywhere, to fail everywhere
+        self.folder = folder if utils.rank() == 0 else None
         if self.folder:
             self.writer = SummaryWriter(str(self.folder), purge_step=epoch)
 
@@ -525,8 +546,7 @@ def main(args):
     if args.eval:
         run_evaluation(args, model, loader_val, device)
     elif args.visualize_mask:
-        if args.resume:
-            utils.load_weights(model, read_resume(args)['model'], args.resume)
+        utils.load_weights(model, read_resume(args)['model'], args.resume)
         visualize(args, model, loader_val.dataset, device)
     else:
         training = Training(args, model, device)
@@ -549,10 +569,10 @@ def run():
     try:
         main(parse_args(sys.argv[1:]))
         utils.leave_process_group()
-    except (InputError, FloatingPointError) as error:
-        if utils.local_rank() == 0:
+    except (InputError, FloatingPointError, OSError) as error:
+        if utils.local_rank() == 0 or isinstance(error, (utils.DataError, OSError)):
             # One from a process that loads data comes with its traceback, and ends with the message
-            message = str(error).splitlines()[-1].removeprefix('utils.InputError: ')
+            message = re.sub(r'^utils\.\w+: ', '', str(error).splitlines()[-1])
             print(f'main.py: error: {message}', file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
 

@@ -26,7 +26,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer, 
 
 def num_kept(num_tokens, keep_rate):
     """How many of `num_tokens` tokens a block of rate `keep_rate` keeps: k = ceil(rate · N), at most N (§3.2)."""
-    return min(num_tokens, math.ceil(keep_rate * num_tokens))
+    return num_tokens if keep_rate >= 1 else math.ceil(keep_rate * num_tokens)
 
 
 def reorganize_tokens(tokens, scores, k, fuse=False):
@@ -138,7 +138,7 @@ class TokenReorganization:
         drop_loc: the blocks that reorganise, 0-based.
         fuse_token: fuse the other tokens into one instead of dropping them.
     Raises:
-        ValueError: a rate or a block number is out of range.
+        ValueError: a rate or a block number is out of range, or the model has no class token.
     """
 
     def __init__(self, *args, base_keep_rate=0.7, drop_loc=(3, 6, 9), fuse_token=False, **kwargs):
@@ -147,6 +147,8 @@ class TokenReorganization:
             raise ValueError(f'the keep rate must lie in (0, 1], not {base_keep_rate}')
         if not all(0 <= i < len(self.blocks) for i in drop_loc):
             raise ValueError(f'drop_loc {tuple(drop_loc)} names a block outside 0 to {len(self.blocks) - 1}')
+        if not self.has_class_token:
+            raise ValueError('without a class token there is no attention of it to rank tokens by')
         self.base_keep_rate = base_keep_rate
         self.drop_loc = tuple(drop_loc)
         for i, block in enumerate(self.blocks):
@@ -186,6 +188,12 @@ class TokenReorganization:
             if idx is not None:
                 kept.append(idx)
         return self.norm(x), kept
+
+    def forward_intermediates(self, x, indices=None, *args, output_fmt='NCHW', **kwargs):
+        """timm's, each block at its own rate; ValueError for the format of a grid where tokens are dropped."""
+        if output_fmt == 'NCHW' and min(self.block_keep_rates()) < 1:
+            raise ValueError("tokens that are left make no grid; ask for output_fmt='NLC', or set the keep rate to 1")
+        return super().forward_intermediates(x, indices, *args, output_fmt=output_fmt, **kwargs)
 
     def block_keep_rates(self, keep_rate=None):
         """The rate of each block for a call with `keep_rate`, as `forward` describes it; ValueError if it is none."""

@@ -15,6 +15,10 @@ class InputError(Exception):
     """Wrong input: the message tells the user in one line what is wrong and what to do; the exit status is 2."""
 
 
+class DataError(InputError):
+    """Wrong input that one process alone may have met, such as a picture that does not decode."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but an error is one line, without the usage before it."""
 
@@ -66,10 +70,9 @@ def init_process_group(device, dist_url='env://', world_size=1):
     Returns:
         This process's torch.device.
     """
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise InputError(f'--device {device} is no device of torch; take cuda or cpu') from None
+    if device.split(':')[0] not in ('cpu', 'cuda'):
+        raise InputError(f'--device {device} is neither cpu nor cuda')
+    device = torch.device(device)
     world_size = int(os.environ.get('WORLD_SIZE', world_size))
     if world_size > 1 and 'RANK' not in os.environ:
         raise InputError(f'a world of {world_size} processes needs RANK in the environment; start with '
@@ -137,14 +140,14 @@ class Progress:
         """Count a batch: its mean loss (a 0-d tensor), its size, and numbers to show as they are."""
         self.step += 1
         self.images += num_images * self.world_size
-        self.loss_sum += loss
+        self.loss_sum += loss * num_images
         self.values = values
         if self.step % self.print_freq == 0 or self.step == self.num_steps:
             self._print_line(loss)
 
     def _print_line(self, loss):
-        losses = torch.stack([loss.double(), self.loss_sum / self.step])
-        loss, mean_loss = ((all_reduce_sum(losses) if self.lockstep else losses) / self.world_size).tolist()
+        losses = torch.stack([loss.double() / self.world_size, self.loss_sum / self.images])
+        loss, mean_loss = (all_reduce_sum(losses) if self.lockstep else losses).tolist()
         now = time.perf_counter()
         eta = datetime.timedelta(seconds=round((now - self.start) / self.step * (self.num_steps - self.step)))
         speed = (self.images - self.last_images) / (now - self.last_time)

@@ -63,6 +63,31 @@ def test_image_folder(image_folder):
         check_same_classes(train, val)
 
 
+@pytest.mark.parametrize('wrong', [{'genus': None}, {'annotations': 3}, {'images': [{'file_name': 'a/b.jpg'}]},
+                                   {'images': [{'file_name': 'a/b/77/c.jpg'}]}])
+def test_odd_annotations_of_inaturalist_are_named(wrong, inat):
+    path = inat / ('categories.json' if 'genus' in wrong else 'train2018.json')
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps([{'id': 7, 'name': 'b b'}] if 'genus' in wrong else content | wrong))
+    with pytest.raises(InputError, match='iNaturalist 2018'):
+        INaturalist(inat, True, 2018, 'genus')
+    path.write_text('{')
+    with pytest.raises(InputError, match=f'{path.name} is not JSON'):
+        INaturalist(inat, True, 2018)
+
+
+def test_cifar_stays_as_it_is_at_its_own_size():
+    flags = ['--data-set', 'CIFAR', '--data-path', '.', '--aa', '', '--color-jitter', '0', '--reprob', '0']
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (32, 32, 3), dtype=np.uint8))
+    args = parse_args([*flags, '--input-size', '32'])
+    result = build_transform(False, args)(picture) * 0.225
+    expected = torch.tensor(np.asarray(picture) / 255).permute(2, 0, 1)[2] - 0.406
+    torch.testing.assert_close(result[2], expected.float())
+    shifted = {build_transform(True, args)(picture)[:, :, -1].sum().item() for _ in range(8)}
+    assert len(shifted) > 1 and build_transform(True, args)(picture).shape == (3, 32, 32)
+    assert build_transform(False, parse_args([*flags, '--input-size', '64']))(picture).shape == (3, 64, 64)
+
+
 def test_validation_is_resize_and_centre_crop():
     pixels = np.random.RandomState(0).randint(0, 256, (60, 90, 3), dtype=np.uint8)
     result = build_transform(False, parse_args(['--data-path', '.', '--input-size', '56']))(Image.fromarray(pixels))

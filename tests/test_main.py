@@ -12,7 +12,9 @@ import folder2lmdb
 import main
 import utils
 from conftest import TINY, reference, run_main
+from engine import keep_rate_at
 from main import parse_args
+from samplers import TrainSampler
 
 PLAIN = [*TINY, '--mixup', '0', '--cutmix', '0', '--aa=', '--color-jitter', '0', '--reprob', '0', '--print-freq', '10']
 
@@ -112,6 +114,20 @@ def trees(image_folder, tmp_path):
     (['--model', 'no_such_model'], 'no_such_model'),
     (['--opt', 'no_such_optimizer'], 'no_such_optimizer'),
     (['--data-set', 'CIFAR'], '--data-path'),
+    (['--data-path', ''], 'needs --data-path'),
+    (['--data-set', 'DIGITS', '--data-path', '{tree}'], '--data-set DIGITS'),
+    (['--finetune', ''], '--finetune'),
+    (['--eval', '--finetune', '{root}/junk.pth'], '--resume'),
+    (['--drop_loc', '[3,6'], 'block numbers'),
+    (['--drop_loc', ''], 'block numbers'),
+    (['--aa', 'no_policy'], 'no_policy'),
+    (['--teacher-model', 'no_teacher'], 'no_teacher'),
+    (['--drop-path', '1'], '--drop-path'),
+    (['--mixup', 'nan'], '--mixup'),
+    (['--lr', 'inf'], '--lr'),
+    (['--cutmix-minmax', '0.9', '0.1'], 'smaller share first'),
+    (['--device', 'meta'], 'meta'),
+    (['--output_dir', '{root}/junk.pth'], 'junk.pth cannot be made'),
     (['--data-set', 'CIFAR', '--data-path', '{root}'], 'cifar-100-python'),
     (['--data-set', 'INAT', '--data-path', '{root}'], 'categories.json'),
     (['--mixup', '0.8', '--batch-size', '3'], 'odd'),
@@ -225,6 +241,52 @@ def test_resumed_after_any_epoch_a_run_ends_with_the_same_bits(image_folder, tmp
         assert timeless[0] == timeless[1]
 
 
+def test_what_does_not_fit_is_not_resumed(digits_run, tmp_path):
+    _, folder = digits_run
+    args = parse_args(PLAIN)
+    for key, value in (('lr_scheduler', None), ('optimizer', None), ('epoch', 'x'), ('optimizer', {'param_groups': []})):
+        training = main.Training(args, main.build_model(args, 10), torch.device('cpu'))
+        with pytest.raises(utils.InputError, match='a.pth lacks a part'):
+            training.resume(checkpoint(folder) | {key: value}, 'a.pth')
+    with pytest.raises(utils.InputError, match='trained with --opt adamw'):
+        main.read_resume(parse_args([*PLAIN, '--opt', 'sgd', '--resume', str(folder / 'checkpoint.pth')]))
+
+
+def test_each_epoch_has_its_order_its_rate_its_evaluation_and_its_best(image_folder, tmp_path, monkeypatch):
+    orders, accuracies, best = [], iter([50., 70., 60.]), []
+    order = TrainSampler.__iter__
+    monkeypatch.setattr(TrainSampler, '__iter__', lambda self: iter(orders.append(list(order(self))) or orders[-1]))
+    monkeypatch.setattr(main, 'test_stats', lambda *_: {'test_acc1': next(accuracies)})
+    monkeypatch.setattr(main.RunOutput, 'save', lambda self, state, is_best: best.append(is_best))
+    main.main(parse_args([
+        *PLAIN, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '6', '--eval-interval', '2',
+        '--shrink_start_epoch', '1', '--shrink_epochs', '4', '--output_dir', str(tmp_path), '--sched', 'step',
+        '--decay-epochs', '2']))
+    lines = log_lines(tmp_path)
+    expected = [keep_rate_at(3 * epoch + 2, 3, 1, 4, 0.7) for epoch in range(6)]
+    assert [line['train_keep_rate'] for line in lines] == expected and len(set(expected)) == 6
+    assert [key for share in orders for _, key in share] == [(0, epoch, i) for epoch in range(6) for i in range(24)]
+    assert len({tuple(index for index, _ in share) for share in orders}) == 6
+    assert ['test_acc1' in line for line in lines] == [False, True] * 3
+    assert best == [False, True, False, True, False, False]
+
+
+def test_the_moving_average_moves_slowly(digits_run):
+    args = parse_args(PLAIN)
+    utils.seed_all(0)
+    start = main.build_model(args, 10).state_dict()['blocks.5.mlp.fc1.weight']
+    state = checkpoint(digits_run[1])
+    model, ema = (state[key]['blocks.5.mlp.fc1.weight'] for key in ('model', 'model_ema'))
+    assert 0 < (ema - start).norm() < 0.01 * (model - start).norm()
+
+
+def test_training_augments_and_validation_does_not():
+    args = parse_args([*TINY, '--num_workers', '0'])
+    train, val = (loader.dataset for loader in main.build_loaders(args, torch.device('cpu')))
+    assert not torch.equal(train[5, (0, 0, 0)][0], train[5, (0, 0, 1)][0])
+    assert torch.equal(val[5][0], val[5][0]) and type(val.transform.transforms[0]).__name__ == 'Resize'
+
+
 # --- As its users start it ------------------------------------------------------------------------------------------
 
 def accuracy_lines(done):
@@ -278,6 +340,18 @@ def test_two_processes_train(tmp_path):
     assert '2 process(es) on cpu' in done.stdout
     stats, = log_lines(tmp_path)
     assert stats['test_acc1'] > 20 and len(accuracy_lines(done)) == 4                  # from the first process alone
+
+
+def test_two_processes_train_as_one(image_folder, tmp_path):
+    flags = [*PLAIN, '--data-path', image_folder, '--drop-path', '0', '--opt', 'sgd', '--epochs', '2', '--dist-eval',
+             '--no-repeated-aug', '--model-ema-decay', '0.5', '--data-set', 'IMNET', '--smoothing', '0']
+    run_main(*flags, '--batch-size', '8', '--output_dir', tmp_path / '1')
+    run_main(*flags, '--batch-size', '4', '--output_dir', tmp_path / '2', processes=2)
+    one, two = (checkpoint(tmp_path / name) for name in '12')
+    for part in ('model', 'model_ema'):
+        for key, value in one[part].items():
+            torch.testing.assert_close(two[part][key], value, rtol=0, atol=1e-5)
+    assert log_lines(tmp_path / '1')[-1]['train_loss'] == pytest.approx(log_lines(tmp_path / '2')[-1]['train_loss'])
 
 
 def test_resume_goes_on(digits_run, tmp_path):

@@ -157,7 +157,7 @@ def test_keep_rate_of_a_call():
     model = tiny()                                                     # 16 patches, blocks 3, 6, 9
     assert counts(model) == [12, 9, 7]
     assert counts(model, keep_rate=0.5) == [8, 4, 2]
-    assert counts(model, keep_rate=1) == counts(model, keep_rate=2.) == []
+    assert counts(model, keep_rate=1) == counts(model, keep_rate=2.) == counts(model, keep_rate=math.inf) == []
     assert counts(model, keep_rate=[1] * 11 + [0.25]) == [4]
     assert counts(model, keep_rate=(0.5, 0.5) + (1.,) * 10) == [8, 4]
     assert counts(tiny(fuse_token=True)) == [12, 10, 8]                # a fused token is a candidate of the next stage
@@ -171,9 +171,10 @@ def test_wrong_keep_rate_of_a_call(keep_rate):
 
 
 @pytest.mark.parametrize('kwargs', [
-    {'base_keep_rate': 0}, {'base_keep_rate': 1.1}, {'drop_loc': (3, 12)}, {'drop_loc': (-1,)}])
+    {'base_keep_rate': 0}, {'base_keep_rate': 1.1}, {'drop_loc': (3, 12)}, {'drop_loc': (-1,)},
+    {'class_token': False, 'global_pool': 'avg'}])
 def test_wrong_model_arguments(kwargs):
-    with pytest.raises(ValueError, match='keep rate|drop_loc'):
+    with pytest.raises(ValueError, match='keep rate|drop_loc|class token'):
         tiny(**kwargs)
 
 
@@ -281,6 +282,15 @@ def test_reset_classifier_and_features():
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
     assert model.forward_features(torch.zeros(2, 3, 64, 64)).shape == (2, 1 + 7, 192)
     assert model.forward_features(torch.zeros(2, 3, 64, 64), keep_rate=1).shape == (2, 1 + 16, 192)
+
+
+def test_intermediates_come_as_tokens_because_they_make_no_grid():
+    model, images = tiny(), torch.zeros(2, 3, 64, 64)
+    tokens = model.forward_intermediates(images, indices=[2, 3], output_fmt='NLC', intermediates_only=True)
+    assert [x.shape for x in tokens] == [(2, 16, 192), (2, 12, 192)]
+    with pytest.raises(ValueError, match='NLC'):
+        model.forward_intermediates(images)
+    assert tiny(base_keep_rate=1.).forward_intermediates(images, indices=1)[1][0].shape == (2, 192, 4, 4)
 
 
 def test_non_square_and_other_patch_size():
