@@ -22,8 +22,8 @@ else
     ckpt=${ckpt:-runs/digits/checkpoint.pth}
     logdir=${logdir:-runs/digits_finetune}
     recipe=(--model deit_tiny_patch16_shrink_base --base_keep_rate 0.7 --fuse_token
-        --data-set DIGITS --input-size 96 --batch-size 64 --num_workers 1
-        --sched cosine --lr 3.2e-3 --min-lr 2e-6 --weight-decay 1e-6 --epochs 3 --warmup-epochs 0
+        --data-set DIGITS --input-size 64 --batch-size 64 --num_workers 1 --eval-interval 2
+        --sched cosine --lr 6.4e-3 --min-lr 2e-6 --weight-decay 1e-6 --epochs 8 --warmup-epochs 0
         --shrink_start_epoch 0 --shrink_epochs 0 --clip-grad 1 --no-model-ema
         --mixup 0 --cutmix 0 --aa '' --color-jitter 0 --reprob 0 --no-repeated-aug)
 fi
