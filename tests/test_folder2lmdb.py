@@ -521,14 +521,15 @@ def test_kill_leaves_nothing_under_the_final_name(tmp_path, child):
             time.sleep(moment * duration)
             process.kill()
         process.join()
-        if process.exitcode == 0:                   # left alone, or quicker than the kill
-            duration = duration or time.perf_counter() - start
+        assert process.exitcode in ((0,) if moment is None else (0, -signal.SIGKILL))
+        duration = duration or time.perf_counter() - start
+        if final.exists():                          # left alone, or quicker than the kill, and then whole
             assert len(ImageFolderLMDB(final)) == 3000
             final.unlink()
         else:
-            assert process.exitcode == -signal.SIGKILL and not final.exists()
+            assert process.exitcode == -signal.SIGKILL
             mid_way += partial.exists()
-    assert mid_way >= 3
+    assert mid_way >= 1
     process = child()
     process.join()
     assert process.exitcode == 0 and sorted(os.listdir(tmp_path)) == ['train', 'train.lmdb']
