@@ -209,8 +209,9 @@ class TokenReorganization:
         """timm's, but for the position embedding, which is resized as at load (`resize_pos_embed`)."""
         pos_embed, grid_size = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(img_size, patch_size)
-        resized = resize_pos_embed(pos_embed.detach(), self, grid_size)
-        self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
+        if self.patch_embed.grid_size != grid_size:
+            resized = resize_pos_embed(pos_embed.detach(), self, grid_size)
+            self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
 
 
 class EViT(TokenReorganization, VisionTransformer):
