@@ -60,7 +60,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
 
 
 @torch.no_grad()
-def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50, name='Test'):
+def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50):
     """Accuracy and cross entropy of a model, in eval mode, over a whole data set.
 
     Args:
@@ -71,7 +71,7 @@ def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50, 
     training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)            # correct at 1, correct at 5, loss
-    progress = Progress(f'{name}:', len(loader), print_freq, device)
+    progress = Progress('Test:', len(loader), print_freq, device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):

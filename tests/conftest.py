@@ -69,6 +69,15 @@ def run_main(*arguments, processes=0, check=True):
     return done
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    """Models this small are slower on several threads, by far where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='session')
 def image_folder(tmp_path_factory):
     """A tree of 3 classes, 24 training and 9 validation images, in which the colour tells the class."""

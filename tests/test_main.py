@@ -244,7 +244,8 @@ def test_resumed_after_any_epoch_a_run_ends_with_the_same_bits(image_folder, tmp
 def test_what_does_not_fit_is_not_resumed(digits_run, tmp_path):
     _, folder = digits_run
     args = parse_args(PLAIN)
-    for key, value in (('lr_scheduler', None), ('optimizer', None), ('epoch', 'x'), ('optimizer', {'param_groups': []})):
+    wrong = ('lr_scheduler', None), ('optimizer', None), ('epoch', 'x'), ('optimizer', {'param_groups': []})
+    for key, value in wrong:
         training = main.Training(args, main.build_model(args, 10), torch.device('cpu'))
         with pytest.raises(utils.InputError, match='a.pth lacks a part'):
             training.resume(checkpoint(folder) | {key: value}, 'a.pth')

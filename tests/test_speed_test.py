@@ -16,13 +16,7 @@ TINY = 'deit_tiny_patch16_shrink_base'
 QUICK = dict(batch_size=2, window_seconds=0.001)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Models this small are slower on several threads, by far where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def protocol(**changes):

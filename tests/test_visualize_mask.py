@@ -26,13 +26,7 @@ MODELS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Models this small lose more to threads waiting for a busy core than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def create(name=TINY, **kwargs):
