@@ -21,13 +21,15 @@ def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_ra
 
 
 def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scaler, amp_dtype, seed, keep_rate=None,
-                    mixup=None, model_ema=None, clip_grad=None, print_freq=50):
+                    erase=None, mixup=None, model_ema=None, clip_grad=None, print_freq=50):
     """Train for one epoch, in the mode (train or eval) that the model is in.
 
     Args:
+        loader: of (images, labels) on the device; the images are changed in place.
         criterion: (images, outputs, labels) → loss.
         scaler: torch.amp.GradScaler; disabled unless amp_dtype is float16.
         keep_rate: step of the epoch → the rate passed to the model; None for a model that takes none.
+        erase: images → images, random erasing.
         mixup: (images, labels) → (mixed images, soft labels).
         model_ema: timm's ModelEmaV3.
     Returns:
@@ -37,9 +39,10 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
     """
     progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True)
     for step, (images, labels) in enumerate(loader):
-        # Dropout, drop path and mixup; the last number is never 0, so this is no sample's key (see TrainSampler)
+        # Of erasing, mixup, dropout and drop path; never 0 at the end, so this is no key of a sample (see TrainSampler)
         seed_all(seed, epoch, step, 1 + rank())
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if erase is not None:
+            images = erase(images)
         if mixup is not None:
             images, labels = mixup(images, labels)
         rate = {} if keep_rate is None else {'keep_rate': keep_rate(step)}
@@ -70,19 +73,18 @@ def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50):
     """
     training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=device)            # correct at 1, correct at 5, loss
+    totals = torch.zeros(4, dtype=torch.float64, device=device)            # correct at 1, correct at 5, loss, images
     progress = Progress('Test:', len(loader), print_freq, device)
     for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images).float()                                 # (B, C)
         loss = F.cross_entropy(logits, labels)
         correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        totals += torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss.double() * len(images)])
+        totals += torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss.double() * len(images),
+                               torch.full_like(totals[3], len(images))])
         progress.update(loss, len(images))
     model.train(training)
-    num_images = len(loader.dataset)
-    correct1, correct5, loss_sum = (all_reduce_sum(totals) if sharded else totals).tolist()
+    correct1, correct5, loss_sum, num_images = (all_reduce_sum(totals) if sharded else totals).tolist()
     acc1, acc5, loss = 100 * correct1 / num_images, 100 * correct5 / num_images, loss_sum / num_images
     log(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
-    return {'acc1': acc1, 'acc5': acc5, 'loss': loss, 'images': num_images}
+    return {'acc1': acc1, 'acc5': acc5, 'loss': loss, 'images': int(num_images)}

@@ -126,11 +126,24 @@ def decode_legacy(value):
     return _valid(pa.ipc.open_stream(pa.py_buffer(value)[16:]).read_next_batch()).column(0)[0].value
 
 
-def decode_picture(source, where):
-    """RGB picture of an image file, given by path or file object; InputError that begins with `where()` if none."""
+def read_file(path):
+    """Bytes of a file; DataError, naming it, where it cannot be read."""
     try:
-        with Image.open(source) as image:
-            return image.convert('RGB')
+        with open(path, 'rb', buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f'{path} cannot be read: {error.strerror}') from error
+
+
+def decode_picture(data, where):
+    """Bytes of an image file of any mode and format that Pillow reads → RGB picture.
+
+    Raises DataError that begins with `where()` where they do not decode.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return image if image.mode == 'RGB' else image.convert('RGB')              # which copies at any rate
     except Exception as error:                      # on broken data Pillow's decoders raise nearly anything
         raise _undecodable(where(), error) from error
 
@@ -189,10 +202,10 @@ class _Database:
     def _decode_record(self, value, index):
         return decode_image(value).to_pybytes(), int(self.labels[index])
 
-    def picture(self, index):
-        """(RGB picture, label)"""
+    def load(self, index, decode=decode_picture):
+        """(what `decode` makes of the bytes of the image file, label)"""
         data, label = self.read(index)
-        return decode_picture(io.BytesIO(data), lambda: self.where(index)), label
+        return decode(data, lambda: self.where(index)), label
 
 
 class _LegacyDatabase(_Database):
@@ -280,6 +293,7 @@ class ImageFolderLMDB(Dataset):
         path: the file, `<split>.lmdb`.
         transform, target_transform: applied to picture and label.
         num_classes: of a database of the original code, which does not tell them; 1000 if None. Not used otherwise.
+        decode: called as `decode_picture` is, in place of it.
     Attributes:
         classes (list of str), class_to_idx (dict), targets (list of int), samples (list of (name, label), the name
         being the path of the file relative to the folder of the split, or the key where names are not known).
@@ -287,9 +301,10 @@ class ImageFolderLMDB(Dataset):
         InputError: one line, where the database or one of its records cannot be read.
     """
 
-    def __init__(self, path, transform=None, target_transform=None, num_classes=None):
+    def __init__(self, path, transform=None, target_transform=None, num_classes=None,
+                 decode=decode_picture):
         self.path = os.fspath(path)
-        self.transform, self.target_transform = transform, target_transform
+        self.transform, self.target_transform, self.decode = transform, target_transform, decode
         self._held = None
         self._length = self._database.num_images
         self.classes = self._database.classes or [str(label) for label in range(num_classes or 1000)]
@@ -324,15 +339,15 @@ class ImageFolderLMDB(Dataset):
 
     def __getitem__(self, index):
         index = range(len(self))[index]             # as a list takes it: negative ones too, IndexError past the end
-        picture, label = self._database.picture(index)
+        image, label = self._database.load(index, self.decode)
         if label >= len(self.classes):
             raise InputError(f'{self._database.where(index)} has label {label}, but there are {len(self.classes)} '
                              'classes; --nb-classes gives their number')
         if self.transform is not None:
-            picture = self.transform(picture)
+            image = self.transform(image)
         if self.target_transform is not None:
             label = self.target_transform(label)
-        return picture, label
+        return image, label
 
 
 # --- The converter --------------------------------------------------------------------------------------------------
@@ -347,7 +362,7 @@ def convert(folder, path, workers=4):
               NAMES_KEY: encode_column(encode_names(names), NAMES)}
 
     def records(indices):
-        return [(image_key(index), encode_image(_read(files[index]))) for index in indices]
+        return [(image_key(index), encode_image(read_file(files[index]))) for index in indices]
 
     with (_whole_or_not_at_all(path) as partial, ThreadPoolExecutor(workers) as pool,
           lmdb.open(partial, subdir=False, lock=False, sync=False, metasync=False,
@@ -373,11 +388,6 @@ def _image_folder(folder):
         return ImageFolder(folder)
     except FileNotFoundError as error:              # of classes, or of images in one
         raise InputError(_one_line(error)) from error
-
-
-def _read(file):
-    with open(file, 'rb', buffering=0) as stream:
-        return stream.read()
 
 
 def _map_size(files, others):
@@ -425,10 +435,10 @@ def verify(path, workers=4):
     """Decode every image of a tree or of a database, print a line for each that does not, and return their number."""
     if path.endswith('.lmdb'):
         database = _open_database(path)
-        number, check = database.num_images, database.picture
+        number, check = database.num_images, database.load
     else:
         files = [file for file, _ in _image_folder(path).samples]
-        number, check = len(files), lambda index: decode_picture(files[index], lambda: files[index])
+        number, check = len(files), lambda index: decode_picture(read_file(files[index]), lambda: files[index])
 
     def faults(indices):
         lines = []

@@ -17,16 +17,17 @@ import timm
 import torch
 from tensorboardX import SummaryWriter
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 import models_evit
 import utils
-from datasets import INAT_CATEGORIES, SeededDataset, build_dataset, check_same_classes
+from datasets import INAT_CATEGORIES, SeededDataset, build_dataset, build_loader, check_same_classes
 from engine import evaluate, keep_rate_at, train_one_epoch
 from losses import DistillationLoss
 from samplers import EvalSampler, TrainSampler
@@ -126,6 +127,9 @@ def get_args_parser():
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's AutoAugment policy, or '' for none")
     add('--smoothing', type=within(0, 0.99), default=0.1, help='label smoothing')
     add('--train-interpolation', default='bicubic', choices=['random', 'bilinear', 'bicubic'])
+    add('--fast-resize', action='store_true',
+        help="decode and resize training images by torch's code instead of Pillow's, which is faster; "
+             'this changes their values by up to 2 of 255')
     add('--repeated-aug', action='store_true', default=True, help='three augmented copies of an image in an epoch')
     add('--no-repeated-aug', action='store_false', dest='repeated_aug')
     add('--reprob', type=share, default=0.25, help='random erasing: probability')
@@ -227,11 +231,10 @@ def build_loaders(args, device):
     """Loaders of (images, labels): of training, None where the run only evaluates, and of validation."""
     dataset_train = None if evaluates_only(args) else build_dataset(True, args)
     dataset_val = build_dataset(False, args)
-    options = dict(num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == 'cuda',
-                   persistent_workers=args.num_workers > 0)
+    options = dict(num_workers=args.num_workers, pin_memory=args.pin_mem)
     shares = (utils.world_size(), utils.rank()) if args.dist_eval else (1, 0)
-    loader_val = DataLoader(dataset_val, int(1.5 * args.batch_size), sampler=EvalSampler(dataset_val, *shares),
-                            **options)
+    loader_val = build_loader(dataset_val, EvalSampler(dataset_val, *shares), int(1.5 * args.batch_size), device,
+                              **options)
     if dataset_train is None:
         return None, loader_val
     check_same_classes(dataset_train, dataset_val)
@@ -239,7 +242,8 @@ def build_loaders(args, device):
     if len(sampler) < args.batch_size:
         raise InputError(f'{len(dataset_train)} training images give each of {utils.world_size()} process(es) '
                          f'{len(sampler)} an epoch, fewer than one batch of {args.batch_size}; lower --batch-size')
-    loader_train = DataLoader(SeededDataset(dataset_train), args.batch_size, sampler=sampler, drop_last=True, **options)
+    loader_train = build_loader(SeededDataset(dataset_train), sampler, args.batch_size, device, drop_last=True,
+                                **options)
     return loader_train, loader_val
 
 
@@ -423,12 +427,12 @@ def visualize(args, model, dataset, device):
     """Write pictures of what the model keeps of the first images, each process its share; print the accuracy."""
     subset = Subset(dataset, range(min(args.n_visualization, len(dataset))))
     sampler = EvalSampler(subset, utils.world_size(), utils.rank())
-    loader = DataLoader(subset, args.batch_size, sampler=sampler, num_workers=args.num_workers)
+    loader = build_loader(subset, sampler, args.batch_size, device, args.num_workers, args.pin_mem)
     folder = make_folder(args.output_dir or 'visualization')
     model.eval()
     numbers = iter(sampler)
     for images, _ in loader:
-        save_masked(model, images.to(device), [next(numbers) for _ in images], folder)
+        save_masked(model, images, [next(numbers) for _ in images], folder)
     log(f'Wrote pictures of {len(subset)} images to {folder}')
     test_accuracy(args, model, loader, device, sharded=True)
 
@@ -455,6 +459,9 @@ def set_training_mode(model, args):
 def train(args, training, loader_train, loader_val, num_classes, device):
     """Train to the last epoch; after each, evaluate, save and log."""
     model, steps = training.model, len(loader_train)
+    erase = None
+    if args.reprob:
+        erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
     mixup, criterion = build_criterion(args, num_classes, device)
     keep_rate_of_step = None
     if args.model in models_evit.VARIANTS:
@@ -475,7 +482,8 @@ def train(args, training, loader_train, loader_val, num_classes, device):
         train_stats = train_one_epoch(
             parallel, criterion, loader_train, training.optimizer, epoch, device=device, scaler=training.scaler,
             amp_dtype=choose_amp_dtype(args.amp_dtype, device), seed=args.seed, keep_rate=keep_rate_of_step,
-            mixup=mixup, model_ema=training.model_ema, clip_grad=args.clip_grad, print_freq=args.print_freq)
+            erase=erase, mixup=mixup, model_ema=training.model_ema, clip_grad=args.clip_grad,
+            print_freq=args.print_freq)
         training.epoch += 1
         stats = {f'train_{key}': value for key, value in train_stats.items()}
         best = False

@@ -1,4 +1,4 @@
-"""How fast a model is, how much it computes and how much memory it takes; the comparison of several models.
+"""How fast a model is, how much it computes and how much memory it takes; how fast images are loaded.
 
     speed = throughput(model, input_size=224, batch_size=256, device='cuda', amp_dtype=torch.bfloat16)
     print(speed)                                  # the figures, and on the same line how they were taken
@@ -8,6 +8,10 @@
 All of it is for any timm model. From the command line, models are compared in one process, a row each::
 
     python speed_test.py --models deit_small_patch16_shrink_base@0.7 deit_small_patch16_224
+
+and so is the input pipeline, with the usual one beside it::
+
+    python speed_test.py --loader --data-path /path/to/imagenet
 """
 import argparse
 import csv
@@ -15,23 +19,46 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import platform
 import statistics
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Callable, NamedTuple
 
+import PIL
 import timm
 import torch
+import torchvision
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.layers import to_2tuple
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
+from datasets import SeededDataset, build_dataset, build_loader
+from folder2lmdb import ImageFolderLMDB
 from models_evit import VARIANTS
-from utils import ArgumentParser
+from samplers import EvalSampler, TrainSampler
+from utils import ArgumentParser, InputError
 
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError.
 FAILURES = (AssertionError, RuntimeError, TypeError, ValueError)
+
+
+def device_name(device):
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)'
+
+
+def synchronize(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +87,10 @@ class Protocol:
         name = str(self.amp_dtype).removeprefix('torch.')
         return name if self.amp_dtype == torch.float32 else f'{name} autocast'
 
-    @property
-    def device_name(self):
-        if self.device.type == 'cuda':
-            return torch.cuda.get_device_name(self.device)
-        return f'{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)'
-
     def __str__(self):
         rate = '' if self.keep_rate is None else f', keep rate {self.keep_rate}'
         return (f'batch {self.batch_size} of {self.input_size}×{self.input_size}, {self.dtype}{rate}, '
-                f'{self.device_name}, torch {torch.__version__}; inference and eval mode, after warm-up, '
+                f'{device_name(self.device)}, torch {torch.__version__}; inference and eval mode, after warm-up, '
                 f'synchronised, median [min–max] of {self.windows} windows of at least {self.window_seconds:g} s')
 
     def images(self, seed=0):
@@ -100,6 +121,10 @@ class Throughput:
     def ratio_to(self, other):
         """How many times as fast as `other`, measured in turn with this one: median over pairs of windows."""
         return statistics.median(a / b for a, b in zip(self.rates, other.rates, strict=True))
+
+    @property
+    def span(self):
+        return f'{self.median:.1f} [{self.min:.1f}–{self.max:.1f}]'
 
     def __str__(self):
         return f'{self.median:.1f} images/s [{self.min:.1f}–{self.max:.1f}]; {self.protocol}'
@@ -145,17 +170,13 @@ def stopwatch(model, protocol):
     check_real(model, protocol)
     images = protocol.images()
 
-    def synchronize():
-        if protocol.device.type == 'cuda':
-            torch.cuda.synchronize(protocol.device)
-
     def window(burst):
-        synchronize()
+        synchronize(protocol.device)
         start = time.perf_counter()
         for passes in itertools.count(burst, burst):
             for _ in range(burst):
                 forward(model, images, protocol)
-            synchronize()
+            synchronize(protocol.device)
             seconds = time.perf_counter() - start
             if seconds >= protocol.window_seconds:
                 return passes * protocol.batch_size / seconds
@@ -261,7 +282,7 @@ def compare(specs, protocol, fuse_token):
             stopwatches.append(watch)
     speeds = time_in_turn(stopwatches, protocol)
     for row, speed in zip([row for row in rows if 'failure' not in row], speeds, strict=True):
-        row.update(median=speed.median, min=speed.min, max=speed.max)
+        row['speed'] = speed
         if 'failure' not in rows[-1]:
             row['ratio'] = speed.ratio_to(speeds[-1])
     return rows
@@ -275,10 +296,10 @@ def format_table(rows):
         if 'failure' in row:
             yield f'{row["model"]:{width}} failed: {row["failure"]}'
             continue
-        speed = f'{row["median"]:.1f} [{row["min"]:.1f}–{row["max"]:.1f}]'
         ratio = f'{row["ratio"]:.3f}' if 'ratio' in row else '–'
         memory = '–' if row['memory_mib'] is None else f'{row["memory_mib"]:.0f}'
-        yield f'{row["model"]:{width}} {speed:>28} {ratio:>6} {row["gmacs"]:8.3f} {row["mparams"]:8.2f} {memory:>10}'
+        yield (f'{row["model"]:{width}} {row["speed"].span:>28} {ratio:>6} {row["gmacs"]:8.3f} {row["mparams"]:8.2f} '
+               f'{memory:>10}')
 
 
 def write_csv(path, rows, protocol):
@@ -287,7 +308,187 @@ def write_csv(path, rows, protocol):
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows({**row, 'protocol': protocol} for row in rows)
+        for row in rows:
+            speed = row.pop('speed', None)
+            figures = {'median': speed.median, 'min': speed.min, 'max': speed.max} if speed else {}
+            writer.writerow({**row, **figures, 'protocol': protocol})
+
+
+# --- The input pipeline ---------------------------------------------------------------------------------------------
+
+# The training transform of DeiT (Touvron et al., 2021, table 9)
+AUGMENTATION = dict(color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic')
+ERASING = dict(probability=0.25, mode='pixel')
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadingProtocol:
+    """How loading is measured; its str() is the line that belongs beside every figure.
+
+    Args:
+        input_size, batch_size, device: of the batches; images are square, of input_size pixels a side.
+        num_workers: processes where all of them are measured.
+        windows, window_seconds: as in Protocol.
+    """
+    input_size: int
+    batch_size: int
+    device: torch.device
+    num_workers: int
+    windows: int
+    window_seconds: float
+
+    def __str__(self):
+        return (f'batches of {self.batch_size} of {self.input_size}×{self.input_size}, normalised float32 on '
+                f"{device_name(self.device)}; DeiT's training transform; torch {torch.__version__}, "
+                f'torchvision {torchvision.__version__}, Pillow {PIL.__version__}; median [min–max] of {self.windows} '
+                f'windows of at least {self.window_seconds:g} s; a core: one process of one thread; all: '
+                f'{self.num_workers} workers')
+
+
+class Pipeline(NamedTuple):
+    """A way from stored images to batches that a model takes.
+
+    Args:
+        name: where the images are, which transform they get, and which way they take.
+        dataset: of (transformed image, label).
+        batches: (dataset, number of workers) → iterator of an epoch's images, normalised float32 (B, 3, S, S), on the
+            device.
+    """
+    name: str
+    dataset: Dataset
+    batches: Callable
+
+    def endless(self, num_workers=0):
+        """The batches of epoch after epoch."""
+        while True:
+            yield from self.batches(self.dataset, num_workers)
+
+
+def plain_transform(is_train, input_size):
+    """The usual transform, the baseline: every step on the CPU, image by image."""
+    if is_train:
+        return create_transform(
+            input_size, is_training=True, color_jitter=AUGMENTATION['color_jitter'], auto_augment=AUGMENTATION['aa'],
+            interpolation=AUGMENTATION['train_interpolation'], re_prob=ERASING['probability'], re_mode=ERASING['mode'])
+    return transforms.Compose([
+        transforms.Resize(int(256 / 224 * input_size), transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(input_size), transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+
+def plain_batches(dataset, num_workers, is_train, batch_size, device):
+    loader = DataLoader(dataset, batch_size, shuffle=is_train, num_workers=num_workers,
+                        pin_memory=device.type == 'cuda')
+    return (images.to(device, non_blocking=True) for images, _ in loader)
+
+
+def our_batches(dataset, num_workers, is_train, batch_size, device):
+    """As main.py loads them, and as train_one_epoch erases from them."""
+    if not is_train:
+        loader = build_loader(dataset, EvalSampler(dataset, 1, 0), batch_size, device, num_workers)
+        return (images for images, _ in loader)
+    sampler = TrainSampler(dataset, num_replicas=1, rank=0)
+    loader = build_loader(SeededDataset(dataset), sampler, batch_size, device, num_workers)
+    erase = RandomErasing(**ERASING, device=device)
+    return (erase(images) for images, _ in loader)
+
+
+def pipelines(data_path, is_train, protocol):
+    """The pipelines of a split, the plain one first."""
+    split = 'train' if is_train else 'val'
+    folder, database = Path(data_path, split), Path(data_path, f'{split}.lmdb')
+    settings = dict(is_train=is_train, batch_size=protocol.batch_size, device=protocol.device)
+    transform = plain_transform(is_train, protocol.input_size)
+    if folder.is_dir():
+        plain = ImageFolder(folder, transform)
+    else:
+        plain = ImageFolderLMDB(database, transform)
+    yield Pipeline(f'{split}, {type(plain).__name__}, plain', plain, functools.partial(plain_batches, **settings))
+    for use_lmdb, fast_resize in itertools.product((False, True), (False, True) if is_train else (False,)):
+        if (database if use_lmdb else folder).exists():
+            dataset = build_dataset(is_train, argparse.Namespace(
+                **AUGMENTATION, data_set='IMNET', data_path=data_path, use_lmdb=use_lmdb, nb_classes=None,
+                input_size=protocol.input_size, fast_resize=fast_resize))
+            yield Pipeline(f'{split}, {type(dataset).__name__}{", --fast-resize" if fast_resize else ""}', dataset,
+                           functools.partial(our_batches, **settings))
+
+
+def loading_rate(batches, protocol):
+    """Images/s of an endless iterator over one window."""
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() - start < protocol.window_seconds:
+        images += len(next(batches))
+    synchronize(protocol.device)
+    return images / (time.perf_counter() - start)
+
+
+def rate_of_workers(pipeline, protocol):
+    """Images/s of one window by the worker processes of this pipeline alone, after what they made in advance."""
+    batches = pipeline.endless(protocol.num_workers)
+    for _ in range(1 + 2 * protocol.num_workers):
+        next(batches)
+    rate = loading_rate(batches, protocol)
+    batches.close()
+    return rate
+
+
+@contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def compare_loading(candidates, protocol):
+    """Measure pipelines in turn; → for each its Throughput by one core, and by all workers."""
+    iterators = [pipeline.endless() for pipeline in candidates]
+    with one_thread():
+        for batches in iterators:
+            next(batches)
+        alone = time_in_turn([functools.partial(loading_rate, batches, protocol) for batches in iterators], protocol)
+    all_workers = time_in_turn(
+        [functools.partial(rate_of_workers, pipeline, protocol) for pipeline in candidates], protocol)
+    return list(zip(alone, all_workers))
+
+
+def time_stages(pipeline, num_images=256):
+    """Where the time goes: milliseconds an image on one core, from reading to the batch, as a dict."""
+    dataset = pipeline.dataset
+    steps, dataset.transform = dataset.transform.transforms, None
+    stages = [('read and decode', lambda index: dataset[index][0]), *((type(step).__name__, step) for step in steps)]
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    items, times = order[:num_images], {}
+    with one_thread():
+        for name, stage in stages:
+            start = time.perf_counter()
+            items = [stage(item) for item in items]
+            times[name] = 1e3 * (time.perf_counter() - start) / len(items)
+        start = time.perf_counter()
+        for _ in pipeline.batches([(item, 0) for item in items], 0):
+            pass
+        times['batch'] = 1e3 * (time.perf_counter() - start) / len(items)
+    return times
+
+
+def measure_loading(data_path, protocol):
+    """Print images/s of the pipelines of both splits, and where the time goes."""
+    print(protocol, flush=True)
+    candidates = [list(pipelines(data_path, is_train, protocol)) for is_train in (True, False)]
+    width = max(len(pipeline.name) for split in candidates for pipeline in split)
+    columns = [f'{"images/s of " + part + " [min–max]":>28} {"ratio":>6}' for part in ('a core', 'all')]
+    print(f'{"pipeline":{width}}', *columns)
+    for split in candidates:
+        results = compare_loading(split, protocol)
+        for pipeline, speeds in zip(split, results):
+            columns = [f'{speed.span:>28} {speed.ratio_to(plain):6.3f}' for speed, plain in zip(speeds, results[0])]
+            print(f'{pipeline.name:{width}}', *columns, flush=True)
+    print('Milliseconds an image on one core:')
+    for pipeline in itertools.chain(*candidates):
+        times = time_stages(pipeline)
+        print(f'{pipeline.name:{width}} {", ".join(f"{name} {time:.2f}" for name, time in times.items())}')
 
 
 def model_spec(text):
@@ -330,9 +531,15 @@ def patch_size(name):
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description='Throughput, MACs, parameters and peak memory of models, in turn.')
-    parser.add_argument('--models', nargs='+', type=model_spec, required=True, metavar='NAME[@RATE]',
-                        help='timm names, those of models_evit.py included; @RATE sets the base keep rate of an EViT')
+    parser = ArgumentParser(description='Throughput, MACs, parameters and peak memory of models, in turn; or images/s '
+                                        'of the input pipeline.')
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument('--models', nargs='+', type=model_spec, metavar='NAME[@RATE]',
+                      help='timm names, those of models_evit.py included; @RATE sets the base keep rate of an EViT')
+    what.add_argument('--loader', action='store_true', help='measure the input pipeline on the images of --data-path')
+    parser.add_argument('--data-path', help='folder of train/ and val/, or of train.lmdb and val.lmdb, or of both')
+    parser.add_argument('--num-workers', type=positive(int), default=min(10, os.cpu_count()),
+                        help='processes that load images (default: %(default)s)')
     parser.add_argument('--input-size', type=positive(int), default=224)
     parser.add_argument('--batch-size', type=positive(int), default=16)
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto')
@@ -343,7 +550,11 @@ def parse_args(argv=None):
     parser.add_argument('--window-seconds', type=positive(float), default=1.)
     parser.add_argument('--csv', type=Path, metavar='FILE')
     args = parser.parse_args(argv)
-    for name, _ in args.models:
+    if args.loader != (args.data_path is not None):
+        parser.error('--loader needs --data-path, and --data-path needs --loader')
+    if args.loader and args.csv:
+        parser.error('--csv goes with --models')
+    for name, _ in args.models or ():
         if any(args.input_size % side for side in patch_size(name)):
             parser.error(f'the input size {args.input_size} is no multiple of the patch size {patch_size(name)} '
                          f'of {name}')
@@ -360,6 +571,10 @@ def main(argv=None):
         device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     else:
         device = torch.device(args.device)
+    if args.loader:
+        measure_loading(args.data_path, LoadingProtocol(args.input_size, args.batch_size, device, args.num_workers,
+                                                        args.windows, args.window_seconds))
+        return
     protocol = Protocol(args.input_size, args.batch_size, device, getattr(torch, args.amp_dtype), None,
                         args.windows, args.window_seconds)
     print(f'{protocol}; EViT with other tokens {"fused" if args.fuse_token else "dropped"}', flush=True)
@@ -370,4 +585,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except InputError as error:
+        ArgumentParser().error(error)

@@ -1,16 +1,26 @@
+import io
 import json
+import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
+from timm.data import create_transform
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
-from datasets import Digits, INaturalist, SeededDataset, build_dataset, build_transform, check_same_classes
+from datasets import (DeviceLoader, Digits, INaturalist, SeededDataset, build_dataset, build_loader, build_transform,
+                      check_same_classes, decode_pixels, load_image)
+from folder2lmdb import decode_picture
 from main import parse_args
-from samplers import TrainSampler
-from utils import InputError
+from samplers import EvalSampler, TrainSampler
+from utils import DataError, InputError
+
+CPU = torch.device('cpu')
+PHOTO = load_sample_image('china.jpg')[:375, :500]
 
 
 def test_digits_are_split_once_and_whole():
@@ -56,7 +66,8 @@ def test_image_folder(image_folder):
     train, val = build_dataset(True, args), build_dataset(False, args)
     assert train.classes == val.classes == ['blue', 'green', 'red'] and (len(train), len(val)) == (24, 9)
     image, label = val[0]
-    assert image.shape == (3, 32, 32) and image.mean(dim=(1, 2)).argmax() == 2 and label == 0
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and label == 0
+    assert image.float().mean(dim=(1, 2)).argmax() == 2
     check_same_classes(train, val)
     val.classes = ['blue', 'yellow', 'red']
     with pytest.raises(InputError, match='green is in train only, yellow is in val only'):
@@ -77,38 +88,155 @@ def test_odd_annotations_of_inaturalist_are_named(wrong, inat):
 
 
 def test_cifar_stays_as_it_is_at_its_own_size():
-    flags = ['--data-set', 'CIFAR', '--data-path', '.', '--aa', '', '--color-jitter', '0', '--reprob', '0']
+    flags = ['--data-set', 'CIFAR', '--data-path', '.', '--aa', '', '--color-jitter', '0']
     picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (32, 32, 3), dtype=np.uint8))
     args = parse_args([*flags, '--input-size', '32'])
-    result = build_transform(False, args)(picture) * 0.225
-    expected = torch.tensor(np.asarray(picture) / 255).permute(2, 0, 1)[2] - 0.406
-    torch.testing.assert_close(result[2], expected.float())
+    assert np.array_equal(build_transform(False, args)(picture).permute(1, 2, 0), picture)
     shifted = {build_transform(True, args)(picture)[:, :, -1].sum().item() for _ in range(8)}
     assert len(shifted) > 1 and build_transform(True, args)(picture).shape == (3, 32, 32)
     assert build_transform(False, parse_args([*flags, '--input-size', '64']))(picture).shape == (3, 64, 64)
 
 
+def normalized(images):
+    """A batch of uint8 images as it reaches the model."""
+    loader = DataLoader([(image, 0) for image in images], len(images))
+    (batch, _), = DeviceLoader(loader, CPU)
+    return batch
+
+
 def test_validation_is_resize_and_centre_crop():
     pixels = np.random.RandomState(0).randint(0, 256, (60, 90, 3), dtype=np.uint8)
-    result = build_transform(False, parse_args(['--data-path', '.', '--input-size', '56']))(Image.fromarray(pixels))
+    image = build_transform(False, parse_args(['--data-path', '.', '--input-size', '56']))(Image.fromarray(pixels))
     resized = Image.fromarray(pixels).resize((96, 64), Image.BICUBIC)            # 64 = 256 / 224 · 56
     crop = np.asarray(resized)[4:60, 20:76] / 255
     expected = (crop - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(result.permute(1, 2, 0), expected, atol=1e-5)
+    np.testing.assert_allclose(normalized([image])[0].permute(1, 2, 0), expected, atol=1e-6)
 
 
-def batches(num_workers, epoch):
-    dataset = Digits(True, build_transform(True, parse_args(['--input-size', '32'])))
-    sampler = TrainSampler(range(60), 1, 0, seed=3, repeated_aug=True)
+# --- The input pipeline ---------------------------------------------------------------------------------------------
+
+def encoded(mode='RGB', kind='JPEG', **options):
+    file = io.BytesIO()
+    Image.fromarray(PHOTO).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+IMAGES = {
+    'JPEG 4:2:0': encoded(quality=92), 'JPEG 4:4:4': encoded(quality=92, subsampling=0),
+    'JPEG 4:2:2': encoded(quality=75, subsampling=1), 'progressive': encoded(quality=92, progressive=True),
+    'grey JPEG': encoded('L', quality=92), 'CMYK JPEG': encoded('CMYK', quality=92), 'PNG': encoded(kind='PNG'),
+    'palette PNG': encoded('P', 'PNG'), 'alpha PNG': encoded('RGBA', 'PNG'), '1-bit PNG': encoded('1', 'PNG'),
+    'GIF': encoded('P', 'GIF'), 'WEBP': encoded(kind='WEBP')}
+
+
+@pytest.mark.parametrize('name', IMAGES)
+def test_decoded_pixels_are_those_of_pillow(name):
+    pixels = decode_pixels(IMAGES[name], lambda: name)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 375, 500)
+    assert np.array_equal(pixels.permute(1, 2, 0), decode_picture(IMAGES[name], lambda: name))
+
+
+@pytest.mark.parametrize('data', [b'', b'text', IMAGES['JPEG 4:2:0'][:9000], IMAGES['progressive'][:100],
+                                  b'\xff\xd8\xff' + bytes(99)])
+def test_what_does_not_decode_is_named(data, tmp_path):
+    path = tmp_path / 'a.jpg'
+    path.write_bytes(data)
+    for decode in (decode_picture, decode_pixels):
+        with pytest.raises(DataError, match=r'a\.jpg does not decode'):
+            load_image(path, decode)
+    with pytest.raises(DataError, match=r'b\.jpg cannot be read: No such file'):
+        load_image(tmp_path / 'b.jpg')
+
+
+@pytest.mark.parametrize('flags', [[], ['--train-interpolation', 'random'], ['--aa', '', '--color-jitter', '0.4']],
+                         ids=['DeiT', 'random interpolation', 'colour jitter'])
+def test_training_images_are_those_of_the_plain_transform(flags):
+    """From the same draws, to the rounding of the normalisation."""
+    args = parse_args(['--data-path', '.', '--input-size', '96', *flags])
+    plain = create_transform(96, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
+                             interpolation=args.train_interpolation)
+
+    def drawn(transform, seed):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        return transform(decode_picture(IMAGES['JPEG 4:2:0'], None))
+
+    ours = build_transform(True, args)
+    for seed in range(40):
+        torch.testing.assert_close(normalized([drawn(ours, seed)])[0], drawn(plain, seed), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('decode', [decode_picture, decode_pixels])
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+def test_fast_resize_differs_by_2_of_255_at_most(interpolation, decode):
+    flags = ['--data-path', '.', '--input-size', '96', '--aa', '', '--color-jitter', '0', '--train-interpolation',
+             interpolation]
+    exact, fast = (build_transform(True, parse_args([*flags, *more])) for more in ([], ['--fast-resize']))
+    pictures, differences = [read(IMAGES['JPEG 4:2:0'], None) for read in (decode_picture, decode)], []
+    for seed in range(40):
+        images = []
+        for transform, picture in zip((exact, fast), pictures):
+            random.seed(seed), torch.manual_seed(seed)
+            images.append(transform(picture).int())
+        differences.append((images[0] - images[1]).abs())
+    differences = torch.stack(differences)
+    assert 0 < differences.max() <= 2 and (differences > 0).float().mean() < 0.02
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """A tree with 30 JPEG files."""
+    folder = tmp_path_factory.mktemp('photos')
+    for split in ('train', 'val'):
+        (folder / split / 'a').mkdir(parents=True)
+        for i in range(30):
+            Image.fromarray(PHOTO[i:i + 200, 3 * i:3 * i + 250]).save(folder / split / 'a' / f'{i:02}.jpg')
+    return folder
+
+
+def batches(dataset, num_workers, epoch):
+    sampler = TrainSampler(range(30), 1, 0, seed=3, repeated_aug=True)
     sampler.set_epoch(epoch)
-    loader = DataLoader(SeededDataset(dataset), 20, sampler=sampler, num_workers=num_workers)
     torch.manual_seed(np.random.randint(1000))                                   # the state outside must not matter
-    return [images for images, _ in loader]
+    return [images for images, _ in build_loader(SeededDataset(dataset), sampler, 10, CPU, num_workers)]
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_position():
-    alone, two_workers, next_epoch = batches(0, 0), batches(2, 0), batches(0, 1)
-    for a, b, c in zip(alone, two_workers, next_epoch, strict=True):
-        assert torch.equal(a, b) and not torch.equal(a, c)
+@pytest.mark.parametrize('flags', [[], ['--fast-resize']], ids=['exact', 'fast'])
+def test_augmentation_is_a_function_of_seed_epoch_and_position(flags, photos):
+    dataset = build_dataset(True, parse_args(['--data-path', str(photos), '--input-size', '32', *flags]))
+    alone, two, four, next_epoch = (batches(dataset, *run) for run in ((0, 0), (2, 0), (4, 0), (0, 1)))
+    assert len(alone) == 3
+    for a, b, c, d in zip(alone, two, four, next_epoch, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) and not torch.equal(a, d)
     first, copy = alone[0][:2]                                                   # repeated augmentation: one picture
     assert not torch.equal(first, copy)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_validation_batches_are_those_of_the_plain_pipeline(num_workers, photos):
+    args = parse_args(['--data-path', str(photos), '--input-size', '96'])
+    dataset = build_dataset(False, args)
+    from speed_test import plain_transform
+    plain = torch.stack([image for image, _ in ImageFolder(photos / 'val', plain_transform(False, 96))])
+    loader = build_loader(dataset, EvalSampler(dataset, 1, 0), 8, CPU, num_workers)
+    for _ in range(2):                                                           # workers stay for the second epoch
+        ours = list(loader)
+        assert [len(images) for images, _ in ours] == [8, 8, 8, 6] and ours[0][0].dtype == torch.float32
+        torch.testing.assert_close(torch.cat([images for images, _ in ours]), plain, rtol=0, atol=1e-6)
+
+
+def test_a_share_without_samples_gives_no_batch():
+    dataset = Digits(False)
+    assert list(build_loader(dataset, EvalSampler(range(1), 2, 1), 8, CPU)) == []
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_of_the_cpu(photos):
+    dataset = build_dataset(False, parse_args(['--data-path', str(photos), '--input-size', '96']))
+    load = partial(build_loader, dataset, EvalSampler(dataset, 1, 0), 4)
+    on_gpu = []
+    for images, labels in load(device=torch.device('cuda')):
+        assert images.device.type == labels.device.type == 'cuda'
+        torch.cuda._sleep(50_000_000)                                            # the next copy overtakes this work
+        on_gpu.append(images.clone())
+    for ours, (images, _) in zip(on_gpu, load(device=CPU), strict=True):
+        torch.testing.assert_close(ours.cpu(), images, rtol=0, atol=1e-6)

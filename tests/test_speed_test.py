@@ -9,8 +9,11 @@ import torch
 import torch.nn as nn
 import torchprofile
 
+import folder2lmdb
 import speed_test
-from speed_test import Protocol, Throughput, check_real, compare, macs, paired_throughput, peak_memory, throughput
+from speed_test import (LoadingProtocol, Protocol, Throughput, check_real, compare, macs, paired_throughput, peak_memory,
+                        throughput)
+from utils import InputError
 
 TINY = 'deit_tiny_patch16_shrink_base'
 QUICK = dict(batch_size=2, window_seconds=0.001)
@@ -243,12 +246,12 @@ def test_compare_goes_on_after_a_failure(monkeypatch):
     rows = compare([(name, None) for name in ['broken', 'one', 'refused', 'two']], protocol(), fuse_token=True)
     assert rows[0] == {'model': 'broken', 'failure': 'ValueError: the output is not finite'}
     assert rows[2] == {'model': 'refused', 'failure': 'RuntimeError: out of memory'}
-    assert rows[1]['median'] > 0 and rows[1]['ratio'] > 0 and rows[3]['ratio'] == 1.
+    assert rows[1]['speed'].median > 0 and rows[1]['ratio'] > 0 and rows[3]['ratio'] == 1.
     lines = list(speed_test.format_table(rows))
     assert 'failed: ValueError' in lines[1] and 'failed: RuntimeError' in lines[3] and '1.000' in lines[4]
 
     rows = compare([('one', None), ('broken', None)], protocol(), fuse_token=True)
-    assert 'ratio' not in rows[0] and rows[0]['median'] > 0
+    assert 'ratio' not in rows[0] and rows[0]['speed'].median > 0
     assert len(list(speed_test.format_table(rows))) == 3
 
 
@@ -291,6 +294,11 @@ def test_command_line(tmp_path, capsys):
     (['--models', TINY, '--input-size', '100'], 'multiple of the patch size'),
     (['--models', TINY, 'deit_tiny_patch16_224', '--batch-size', '0'], '--batch-size'),
     (['--models', TINY, '--csv', 'no/such/folder/speed.csv'], 'no/such/folder'),
+    ([], 'one of the arguments --models --loader is required'),
+    (['--models', TINY, '--loader'], 'not allowed with'),
+    (['--loader'], '--loader needs --data-path'),
+    (['--models', TINY, '--data-path', '.'], '--data-path needs --loader'),
+    (['--loader', '--data-path', '.', '--csv', 'speed.csv'], '--csv goes with --models'),
 ])
 def test_wrong_input(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -304,3 +312,71 @@ def test_right_input():
     assert args.models == [(TINY, 1.), ('resnet18', None)] and args.fuse_token
     # Neither a convolutional stem, nor patches that overlap, must divide the input.
     assert speed_test.parse_args(['--models', 'resnet18', 'pvt_v2_b0', '--input-size', '250'])
+
+
+# --- The input pipeline ---------------------------------------------------------------------------------------------
+
+def loading_protocol(**changes):
+    settings = dict(input_size=32, batch_size=4, device=torch.device('cpu'), num_workers=1, windows=2,
+                    window_seconds=0.001)
+    return LoadingProtocol(**settings | changes)
+
+
+@pytest.fixture(scope='module')
+def both(image_folder, tmp_path_factory):
+    """The tree, and databases beside it."""
+    folder = tmp_path_factory.mktemp('both')
+    for split in ('train', 'val'):
+        (folder / split).symlink_to(image_folder / split)
+        folder2lmdb.convert(str(image_folder / split), str(folder / f'{split}.lmdb'))
+    return folder
+
+
+def test_pipelines_deliver_every_image_once_an_epoch(both):
+    for is_train, number in ((True, 24), (False, 9)):
+        for pipeline in speed_test.pipelines(both, is_train, loading_protocol()):
+            batches = list(pipeline.batches(pipeline.dataset, 0))
+            assert [batch.shape[1:] for batch in batches] == len(batches) * [(3, 32, 32)]
+            assert sum(map(len, batches)) == number and batches[0].dtype == torch.float32
+            assert abs(torch.cat(batches).mean()) < 1.5                              # normalised
+    plain, *ours = (torch.cat(list(pipeline.batches(pipeline.dataset, 0)))
+                    for pipeline in speed_test.pipelines(both, False, loading_protocol()))
+    for images in ours:
+        torch.testing.assert_close(images, plain, rtol=0, atol=1e-6)
+
+
+def test_the_plain_pipeline_is_timed_on_what_there_is(both, tmp_path):
+    names = [pipeline.name for pipeline in speed_test.pipelines(both, True, loading_protocol())]
+    assert names == ['train, ImageFolder, plain', 'train, ImageFolder', 'train, ImageFolder, --fast-resize',
+                     'train, ImageFolderLMDB', 'train, ImageFolderLMDB, --fast-resize']
+    (tmp_path / 'val.lmdb').symlink_to(both / 'val.lmdb')
+    names = [pipeline.name for pipeline in speed_test.pipelines(tmp_path, False, loading_protocol())]
+    assert names == ['val, ImageFolderLMDB, plain', 'val, ImageFolderLMDB']
+
+
+def test_loading_rate_is_images_per_second():
+    def batches():
+        while True:
+            time.sleep(0.01)
+            yield torch.empty(8, 1)
+
+    assert speed_test.loading_rate(batches(), loading_protocol(window_seconds=0.2)) == pytest.approx(800, rel=0.2)
+
+
+def test_stages_add_up_to_the_pipeline(both):
+    pipeline = list(speed_test.pipelines(both, True, loading_protocol()))[1]
+    times = speed_test.time_stages(pipeline)
+    steps = ['RandomResizedCropAndInterpolation', 'RandomHorizontalFlip', 'RandAugment', 'MaybePILToTensor']
+    assert list(times) == ['read and decode', *steps, 'batch']
+    assert all(0 < milliseconds < 100 for milliseconds in times.values())
+
+
+def test_loader_command_line(both, tmp_path, capsys):
+    speed_test.main(['--loader', '--data-path', str(both), '--input-size', '32', '--batch-size', '4', '--device', 'cpu',
+                     '--num-workers', '1', '--windows', '2', '--window-seconds', '0.01'])
+    header, titles, *lines = capsys.readouterr().out.splitlines()
+    assert 'batches of 4 of 32×32' in header and '2 windows' in header and '1 workers' in header
+    assert titles.count('images/s') == titles.count('ratio') == 2
+    assert len(lines) == 8 + 1 + 8 and [line.count('1.000') for line in lines[:8:5]] == [2, 2]
+    with pytest.raises(InputError, match='train.lmdb does not exist'):
+        speed_test.main(['--loader', '--data-path', str(tmp_path)])
