@@ -28,6 +28,7 @@ import contextlib
 import fcntl
 import functools
 import io
+import itertools
 import os
 import struct
 import sys
@@ -51,6 +52,8 @@ CLASSES, IMAGE, LABELS, NAMES = (pa.schema([column]) for column in (
 
 ADVICE = 'convert again with folder2lmdb.py --force'
 CHUNK = 16                                          # files read by a thread at a time, and records per transaction
+PAGE = os.sysconf('SC_PAGE_SIZE')                   # of LMDB too
+MAP_STEP = 2 ** 28                                  # bytes that the map grows by
 
 
 # --- The records ----------------------------------------------------------------------------------------------------
@@ -61,9 +64,8 @@ def image_key(index):
 
 def encode_image(data):
     """Bytes of an image file → the value of its entry."""
-    # From its buffers, because an array built from Python objects would copy the bytes once more
-    offsets = pa.py_buffer(struct.pack('=2i', 0, len(data)))
-    return encode_column(pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(data)]), IMAGE)
+    before, after = image_frame(len(data))
+    return before + data + after
 
 
 def decode_image(value):
@@ -73,6 +75,29 @@ def decode_image(value):
 
 def encode_column(column, schema):
     return pa.record_batch([column], schema=schema).serialize()
+
+
+def _find_image_frame(length=12345):
+    """What pyarrow writes before an image, and where in it the lengths of the body and of the image stand."""
+    record = bytes(encode_column(pa.array([bytes(length)]), IMAGE))
+    frame = record[:record.rindex(struct.pack('<i', length)) + 4]          # ends with the offsets, 0 and length
+    body_length = 8 + len(record) - len(frame)
+    return frame, frame.index(struct.pack('<q', body_length)), frame.index(struct.pack('<q', length))
+
+
+FRAME, BODY_LENGTH, IMAGE_LENGTH = _find_image_frame()
+
+
+def image_frame(size):
+    """The bytes before and after an image of so many bytes in its record.
+
+    Together they are what `encode_column` makes of it; so an image need not be copied to become a record.
+    """
+    before, after = bytearray(FRAME), bytes(-size % 8)
+    struct.pack_into('<q', before, BODY_LENGTH, 8 + size + len(after))
+    struct.pack_into('<q', before, IMAGE_LENGTH, size)
+    struct.pack_into('<i', before, len(before) - 4, size)
+    return before, after
 
 
 def decode_column(value, schema):
@@ -352,8 +377,11 @@ class ImageFolderLMDB(Dataset):
 
 # --- The converter --------------------------------------------------------------------------------------------------
 
-def convert(folder, path, workers=4):
-    """Write the images of the tree `folder` to the database `path`; → (number of images, number of classes)."""
+def convert(folder, path, workers=1):
+    """Write the images of the tree `folder` to the database `path`; → (number of images, number of classes).
+
+    The file is left to the system to write to the disk, as `cp` leaves its own.
+    """
     tree = _image_folder(folder)
     files = [file for file, _ in tree.samples]
     names = [file[len(os.path.join(tree.root, '')):] for file in files]
@@ -361,26 +389,62 @@ def convert(folder, path, workers=4):
               LABELS_KEY: encode_column(pa.array(tree.targets, pa.int32()), LABELS),
               NAMES_KEY: encode_column(encode_names(names), NAMES)}
 
-    def records(indices):
-        return [(image_key(index), encode_image(read_file(files[index]))) for index in indices]
-
+    chunks = (range(start, min(start + CHUNK, len(files))) for start in range(0, len(files), CHUNK))
     with (_whole_or_not_at_all(path) as partial, ThreadPoolExecutor(workers) as pool,
-          lmdb.open(partial, subdir=False, lock=False, sync=False, metasync=False,
-                    map_size=_map_size(files, others.values())) as env,
+          lmdb.open(partial, subdir=False, lock=False, sync=False, metasync=False, map_size=MAP_STEP) as env,
           tqdm(total=len(files), unit=' images', desc=os.path.basename(path)) as bar):
         size = 0
-        for chunk in _in_order(pool, records, len(files), 2 * workers):
-            with env.begin(write=True) as txn:
-                for key, value in chunk:
-                    txn.put(key, value, append=True)
-                    size += len(value)
+        pending = collections.deque(pool.submit(_read_records, files, chunk, bytearray())
+                                    for chunk in itertools.islice(chunks, workers))
+        while pending:
+            buffer, records = pending.popleft().result()
+            with _transaction(env, records) as txn:
+                _put(txn, records)
+                # Now the buffer is free, and files are read while the transaction is written. Sooner, reading would
+                # be in the way of the many short calls that put the records.
+                pending.extend(pool.submit(_read_records, files, chunk, buffer)
+                               for chunk in itertools.islice(chunks, 1))
+            size += sum(len(value) for _, value in records)
             bar.set_postfix_str(f'{size / 2 ** 20:,.0f} MiB', refresh=False)
-            bar.update(len(chunk))
-        with env.begin(write=True) as txn:
-            for key, value in others.items():
-                txn.put(key, value, append=True)
-        env.sync(True)
+            bar.update(len(records))
+        with _transaction(env, others.items()) as txn:
+            _put(txn, others.items())
     return len(files), len(tree.classes)
+
+
+def _read_records(files, indices, buffer):
+    """Read files into a buffer, or a larger one, around each the frame of its record; → buffer, [(key, record)]."""
+    sizes = [os.path.getsize(files[index]) for index in indices]
+    frames = [image_frame(size) for size in sizes]
+    total = sum(sizes) + sum(len(before) + len(after) for before, after in frames)
+    if len(buffer) < total:
+        buffer = bytearray(total)
+    view, start, records = memoryview(buffer), 0, []
+    for index, size, (before, after) in zip(indices, sizes, frames):
+        image = start + len(before)
+        end = image + size + len(after)
+        view[start:image], view[image + size:end] = before, after
+        with open(files[index], 'rb', buffering=0) as file:
+            if file.readinto(view[image:image + size]) != size:
+                raise DataError(f'{files[index]} became shorter while it was read')
+        records.append((image_key(index), view[start:end]))
+        start = end
+    return buffer, records
+
+
+def _transaction(env, items):
+    """One to write (key, value) pairs, for which the map grows if it must."""
+    # A value lies on pages of its own, and a few more are enough for the tree
+    info, pages = env.info(), sum(len(value) // PAGE + 4 for _, value in items) + 16
+    needed = (info['last_pgno'] + 1 + pages) * PAGE
+    if needed > info['map_size']:
+        env.set_mapsize(needed + MAP_STEP)
+    return env.begin(write=True)
+
+
+def _put(txn, items):
+    for key, value in items:
+        txn.put(key, value, append=True)
 
 
 def _image_folder(folder):
@@ -388,13 +452,6 @@ def _image_folder(folder):
         return ImageFolder(folder)
     except FileNotFoundError as error:              # of classes, or of images in one
         raise InputError(_one_line(error)) from error
-
-
-def _map_size(files, others):
-    """Upper bound of the database in bytes: its values on pages of their own, one more each for the tree and slack."""
-    page = os.sysconf('SC_PAGE_SIZE')
-    values = [os.path.getsize(file) + 512 for file in files] + [len(value) for value in others]
-    return sum(value // page + 2 for value in values) * page + 2 ** 20
 
 
 @contextlib.contextmanager
@@ -414,6 +471,7 @@ def _whole_or_not_at_all(path):
         os.truncate(partial, 0)
         try:
             yield partial
+            os.close(os.dup(file.fileno()))         # tells of what a network file system could not write
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
@@ -467,13 +525,15 @@ def parse_args():
         description='Pack trees <dir>/<split>/<class>/<image> into one LMDB file each, <dir>/<split>.lmdb.')
     parser.add_argument('--dir', required=True, help='folder of the splits')
     parser.add_argument('--splits', default='train,val', help='names, with commas between (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=4, help='threads that read files (default: %(default)s)')
+    parser.add_argument('--workers', type=int,
+                        help='threads that read files, more for a disk that is slow to answer (default: 1; to verify, '
+                             'one for each core)')
     parser.add_argument('--force', action='store_true', help='replace a database that exists, once the new is complete')
     parser.add_argument('--verify', action='store_true',
                         help='write nothing; decode every image of the trees and databases there are, and list those '
                              'that do not decode (exit status 1 if any)')
     args = parser.parse_args()
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         parser.error(f'--workers must be at least 1, not {args.workers}')
     return args
 
@@ -486,7 +546,7 @@ def run(args):
             if not os.path.exists(folder) and not os.path.exists(f'{folder}.lmdb'):
                 raise InputError(f'neither {folder} nor {folder}.lmdb exists')
         present = [path for folder in folders for path in (folder, f'{folder}.lmdb') if os.path.exists(path)]
-        return 1 if sum(verify(path, args.workers) for path in present) else 0
+        return 1 if sum(verify(path, args.workers or os.cpu_count()) for path in present) else 0
     for folder in folders:                          # all before the first, which may take an hour
         if not os.path.isdir(folder):
             raise InputError(f'{folder} is not a folder; {folder}/<class>/<image> is expected')
@@ -494,7 +554,7 @@ def run(args):
             raise InputError(f'{folder}.lmdb exists; --force replaces it')
     for folder in folders:
         path = f'{folder}.lmdb'
-        num_images, num_classes = convert(folder, path, args.workers)
+        num_images, num_classes = convert(folder, path, args.workers or 1)
         print(f'{path}: {num_images:,} images of {num_classes:,} classes, {os.path.getsize(path):,} bytes')
     return 0
 

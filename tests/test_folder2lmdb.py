@@ -104,10 +104,11 @@ def legacy(tmp_path):
 
 # --- Records --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('size', [0, 1, 7, 4096, 100_001])
+@pytest.mark.parametrize('size', [0, 1, 7, 8, 9, 4096, 12345, 100_001])
 def test_image_record_there_and_back(size):
     data = os.urandom(size)
-    value = folder2lmdb.encode_image(data).to_pybytes()
+    value = folder2lmdb.encode_image(data)
+    assert value == folder2lmdb.encode_column(pa.array([data], pa.binary()), folder2lmdb.IMAGE).to_pybytes()
     assert folder2lmdb.decode_image(value).to_pybytes() == data
 
 
@@ -401,6 +402,20 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, command):
     assert not list(tmp_path.glob('*.lmdb*/*')) and not list(tmp_path.glob('*.partial'))
 
 
+@pytest.mark.parametrize('step', [2 ** 15, 2 ** 17])
+def test_the_map_grows_with_what_is_written(step, tmp_path, monkeypatch):
+    """From one page and from many, for records much smaller than a page, and larger than the map."""
+    folder = tmp_path / 'train' / 'a'
+    folder.mkdir(parents=True)
+    sizes = [10] * 100 + [5000] * 100 + [300_000, 1, 2_000_000]
+    for i, size in enumerate(sizes):
+        (folder / f'{i:03}.jpg').write_bytes(bytes([i]) * size)
+    monkeypatch.setattr(folder2lmdb, 'MAP_STEP', step)
+    folder2lmdb.convert(str(tmp_path / 'train'), str(tmp_path / 'train.lmdb'))
+    database = folder2lmdb._open_database(str(tmp_path / 'train.lmdb'))
+    assert [database.read(i)[0] for i in range(len(sizes))] == [bytes([i]) * size for i, size in enumerate(sizes)]
+
+
 def test_existing_database_is_replaced_by_force_only_and_only_by_a_whole_one(tree, database, command, monkeypatch):
     before = database.read_bytes()
     status, _, err = command('--dir', tree.parent, '--splits', 'train')
@@ -408,7 +423,8 @@ def test_existing_database_is_replaced_by_force_only_and_only_by_a_whole_one(tre
     assert database.read_bytes() == before
     (tree / 'bird' / 'grey.JPEG').rename(tree / 'bird' / 'black.JPEG')
     with monkeypatch.context() as too_small:
-        too_small.setattr(folder2lmdb, '_map_size', lambda *arguments: 2 ** 15)
+        too_small.setattr(folder2lmdb, 'MAP_STEP', 2 ** 15)
+        too_small.setattr(folder2lmdb, 'PAGE', 1)                                    # so that the map does not grow
         status, _, err = command('--dir', tree.parent, '--splits', 'train', '--force')
     assert status == 2 and 'MAP_FULL' in err
     assert database.read_bytes() == before and len(os.listdir(tree.parent)) == 2

@@ -11,8 +11,8 @@ import torchprofile
 
 import folder2lmdb
 import speed_test
-from speed_test import (LoadingProtocol, Protocol, Throughput, check_real, compare, macs, paired_throughput, peak_memory,
-                        throughput)
+from speed_test import (LoadingProtocol, Protocol, Throughput, check_real, compare, macs, paired_throughput,
+                        peak_memory, throughput)
 from utils import InputError
 
 TINY = 'deit_tiny_patch16_shrink_base'
