@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -42,11 +44,11 @@ def test_evaluate_against_a_loop(num_classes):
     assert stats['images'] == 101 and model.training
 
 
-def train_epoch(model, loader, **kwargs):
+def train_epoch(model, loader, seed=0, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return train_one_epoch(
         model, lambda images, outputs, labels: torch.nn.functional.cross_entropy(outputs, labels), loader, optimizer,
-        epoch=0, device=CPU, scaler=torch.amp.GradScaler('cpu', enabled=False), amp_dtype=torch.float32, seed=0,
+        epoch=0, device=CPU, scaler=torch.amp.GradScaler('cpu', enabled=False), amp_dtype=torch.float32, seed=seed,
         **kwargs)
 
 
@@ -83,3 +85,24 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     loader = DataLoader(TensorDataset(torch.full((4, 3), float('nan')), torch.zeros(4, dtype=torch.long)), 2)
     with pytest.raises(FloatingPointError, match=r'Epoch: \[0\].*nan by step 2.*--lr'):
         train_epoch(Logits(3), loader)
+
+
+def test_erasing_comes_first_and_is_drawn_from_the_step():
+    """A constant, so that the learning of a step depends on nothing else; mixup sees what erasing made."""
+    def run(seed):
+        drawn = []
+
+        def erase(images):
+            drawn.append(random.random())
+            return torch.full_like(images, drawn[-1])
+
+        def mixup(images, labels):
+            assert (images == drawn[-1]).all()
+            return images, labels
+
+        random.seed(len(drawn))
+        loader = DataLoader(TensorDataset(torch.zeros(6, 3), torch.zeros(6, dtype=torch.long)), 2)
+        train_epoch(Logits(3), loader, erase=erase, mixup=mixup, seed=seed)
+        return drawn
+
+    assert run(0) == run(0) and len(set(run(0) + run(1))) == 6

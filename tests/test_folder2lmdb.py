@@ -27,6 +27,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 import folder2lmdb
+from conftest import TINY, run_main
 from folder2lmdb import ImageFolderLMDB
 from utils import InputError
 
@@ -156,6 +157,31 @@ def test_process_converts_and_gives_what_image_folder_gives(tmp_path):
         assert f'{path}: {len(PICTURES)} images of 3 classes, {path.stat().st_size:,} bytes' in done.stdout
         assert re.search(rf'{path.name}: 100%.*{len(PICTURES)}/{len(PICTURES)}.* images/s, \d+ MiB', done.stderr)
     assert sorted(os.listdir(tmp_path)) == ['train', 'train.lmdb', 'val', 'val.lmdb']
+
+
+def test_processes_convert_verify_train_and_evaluate(tmp_path):
+    """README's commands, on pictures of every mode and format."""
+    def run_folder2lmdb(*flags):
+        return subprocess.run([sys.executable, SCRIPT, '--dir', data, *flags], capture_output=True, text=True,
+                              timeout=120)
+
+    data = tmp_path / 'data'
+    trees = [make_tree(data / split) for split in ('train', 'val')]
+    assert run_folder2lmdb().returncode == 0
+    done = run_folder2lmdb('--verify')
+    assert done.returncode == 0 and done.stdout.count(': 0 of 11 images do not decode') == 4
+    flags, printed, logged = [*TINY, '--data-path', data, '--batch-size', '4', '--num-workers', '1'], [], []
+    for use_lmdb in ([], ['--use-lmdb']):
+        folder = tmp_path / f'run{len(use_lmdb)}'
+        run_main(*flags, *use_lmdb, '--epochs', '1', '--output-dir', folder)
+        stats = json.loads((folder / 'log.txt').read_text())
+        logged.append({name: value for name, value in stats.items() if 'second' not in name})
+        done = run_main(*flags, *use_lmdb, '--eval', '--resume', folder / 'checkpoint.pth')
+        printed.append([line for line in done.stdout.splitlines() if line.startswith(('Accuracy', '* Acc@1'))])
+    assert printed[0] == printed[1] and len(printed[0]) == 4 and logged[0] == logged[1]
+    (trees[1] / 'bird' / 'rgb.JPEG').write_bytes(b'no picture')
+    done = run_folder2lmdb('--verify')
+    assert done.returncode == 1 and f'{trees[1]}/bird/rgb.JPEG does not decode' in done.stdout
 
 
 def test_transforms_and_indices(database):

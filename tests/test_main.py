@@ -389,6 +389,19 @@ def test_lmdb_gives_the_losses_of_the_tree(image_folder, tmp_path):
     assert {**one, 'train_images_per_second': 0} == {**other, 'train_images_per_second': 0}
 
 
+@pytest.mark.parametrize('flags, expected', [
+    (['--reprob', '0'], None), ([], (0.25, True, False, 1)),
+    (['--remode', 'rand', '--recount', '3'], (0.25, False, True, 3)),
+    (['--reprob', '0.5', '--remode', 'const'], (0.5, False, False, 1))])
+def test_erasing_is_as_asked(flags, expected, monkeypatch):
+    calls = []
+    monkeypatch.setattr(main, 'train_one_epoch', lambda *args, erase, **settings: calls.append(erase) or {})
+    monkeypatch.setattr(main, 'test_stats', lambda *_: {'test_acc1': 0.})
+    main.main(parse_args([*TINY, '--epochs', '1', *flags]))
+    erase, = calls
+    assert expected == (erase and (erase.probability, erase.per_pixel, erase.rand_color, erase.max_count))
+
+
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_a_picture_that_does_not_decode_is_named(workers, image_folder, tmp_path, monkeypatch, capsys):
     tree = shutil.copytree(image_folder, tmp_path / 'tree')
