@@ -30,6 +30,7 @@ from typing import Callable, NamedTuple
 import PIL
 import timm
 import torch
+import torch.nn as nn
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
@@ -73,6 +74,8 @@ class Protocol:
         keep_rate: passed to the model if not None.
         windows: number of windows timed.
         window_seconds: least duration of a window and of the warm-up before the first.
+        compiled: by torch.compile, as one graph; on a GPU replayed as a CUDA graph.
+        gradients: record what a backward pass would need, instead of running in inference mode.
     """
     input_size: int
     batch_size: int
@@ -81,6 +84,8 @@ class Protocol:
     keep_rate: float | None
     windows: int
     window_seconds: float
+    compiled: bool = False
+    gradients: bool = False
 
     @property
     def dtype(self):
@@ -89,9 +94,11 @@ class Protocol:
 
     def __str__(self):
         rate = '' if self.keep_rate is None else f', keep rate {self.keep_rate}'
+        mode = 'with gradients' if self.gradients else 'inference mode'
         return (f'batch {self.batch_size} of {self.input_size}×{self.input_size}, {self.dtype}{rate}, '
-                f'{device_name(self.device)}, torch {torch.__version__}; inference and eval mode, after warm-up, '
-                f'synchronised, median [min–max] of {self.windows} windows of at least {self.window_seconds:g} s')
+                f'{"compiled" if self.compiled else "eager"}, {device_name(self.device)}, torch {torch.__version__}; '
+                f'{mode}, eval mode, after warm-up, synchronised, median [min–max] of {self.windows} windows of at '
+                f'least {self.window_seconds:g} s')
 
     def images(self, seed=0):
         """A random batch (B, 3, S, S), drawn without touching the random state of the process."""
@@ -148,10 +155,10 @@ def classify(model, images, keep_rate=None):
     return model(images) if keep_rate is None else model(images, keep_rate=keep_rate)
 
 
-@torch.inference_mode()
 def forward(model, images, protocol):
     """The pass that is measured, autocast as an evaluation enters it: anew for each batch."""
-    with torch.autocast(protocol.device.type, protocol.amp_dtype, enabled=protocol.amp_dtype != torch.float32):
+    with (torch.inference_mode(not protocol.gradients),
+          torch.autocast(protocol.device.type, protocol.amp_dtype, enabled=protocol.amp_dtype != torch.float32)):
         return classify(model, images, protocol.keep_rate)
 
 
@@ -167,6 +174,9 @@ def check_real(model, protocol):
 
 def stopwatch(model, protocol):
     """Check a model, in eval mode already, and warm it up; returns a function that times one window, in images/s."""
+    if protocol.compiled:
+        mode = 'reduce-overhead' if protocol.device.type == 'cuda' else None
+        model = torch.compile(model, fullgraph=True, mode=mode)
     check_real(model, protocol)
     images = protocol.images()
 
@@ -186,14 +196,14 @@ def stopwatch(model, protocol):
     return functools.partial(window, max(1, int(passes_per_second * protocol.window_seconds / 8)))
 
 
-def time_in_turn(stopwatches, protocol):
+def time_in_turn(stopwatches, protocols):
     """Time a window of each, then the next of each, and so on; returns a Throughput for each."""
-    rounds = [[window() for window in stopwatches] for _ in range(protocol.windows)]
-    return [Throughput(rates, protocol) for rates in zip(*rounds)]
+    rounds = [[window() for window in stopwatches] for _ in range(max((p.windows for p in protocols), default=0))]
+    return [Throughput(rates, protocol) for rates, protocol in zip(zip(*rounds), protocols)]
 
 
 def paired_throughput(models, input_size=224, batch_size=16, device=None, amp_dtype=torch.float32, keep_rate=None,
-                      windows=5, window_seconds=1.):
+                      windows=5, window_seconds=1., compiled=False):
     """Images/s of several models, their windows in turn (A B A B …): what slows the machine down slows all of them.
 
     Args:
@@ -206,9 +216,9 @@ def paired_throughput(models, input_size=224, batch_size=16, device=None, amp_dt
         ValueError: an output is not finite, or does not depend on the input.
     """
     device = torch.device(device or next(models[0].parameters()).device)
-    protocol = Protocol(input_size, batch_size, device, amp_dtype, keep_rate, windows, window_seconds)
+    protocol = Protocol(input_size, batch_size, device, amp_dtype, keep_rate, windows, window_seconds, compiled)
     with eval_mode(*models):
-        return time_in_turn([stopwatch(model, protocol) for model in models], protocol)
+        return time_in_turn([stopwatch(model, protocol) for model in models], len(models) * [protocol])
 
 
 def throughput(model, input_size=224, **settings):
@@ -246,6 +256,53 @@ def has_fixed_input_size(name):
     return timm.get_pretrained_cfg(name).fixed_input_size
 
 
+class PlainEViT(nn.Module):
+    """An EViT written the plain way, to measure it against and to test it by.
+
+    Explicit attention with its (N, N) matrix in every block; where tokens are dropped, they are sorted and gathered.
+
+    Args:
+        model: an EViT, whose weights and settings it uses.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, keep_rate=None):
+        """Images (B, 3, H, W) → logits (B, num_classes); `keep_rate` as in the model's own forward."""
+        model, prefix = self.model, self.model.num_prefix_tokens
+        x = model._pos_embed(model.patch_embed(x))                                     # (B, P + N, C)
+        for block, rate in zip(model.blocks, model.block_keep_rates(keep_rate)):
+            output, attention = self.attend(block.attn, block.norm1(x))
+            x = x + block.ls1(output)
+            num_tokens = x.shape[1] - prefix
+            k = math.ceil(rate * num_tokens)
+            if k < num_tokens:
+                scores = attention[:, :, 0, prefix:].mean(dim=1)                       # (B, N)
+                x = torch.cat([x[:, :prefix], self.reorganize(x[:, prefix:], scores, k, block.fuse_token)], dim=1)
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        return model.forward_head(model.norm(x))
+
+    @staticmethod
+    def attend(attn, x):
+        """(B, N, C) → output (B, N, C) and attention (B, H, N, N)."""
+        B, N, C = x.shape
+        q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attention = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).softmax(dim=-1)
+        return attn.proj((attention @ v).transpose(1, 2).reshape(B, N, C)), attention
+
+    @staticmethod
+    def reorganize(tokens, scores, k, fuse):
+        """(B, N, C) → (B, k [+ 1], C)."""
+        order = scores.argsort(dim=1, descending=True)
+        tokens = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
+        if not fuse:
+            return tokens[:, :k]
+        weights = scores.gather(1, order[:, k:]).unsqueeze(-1)
+        return torch.cat([tokens[:, :k], (weights * tokens[:, k:]).sum(dim=1, keepdim=True)], dim=1)
+
+
 def build_model(name, keep_rate, input_size, fuse_token):
     """Create a model with random weights in eval mode; `fuse_token` is for an EViT, as is `keep_rate` if not None."""
     return timm.create_model(                                                          # which ignores what is None
@@ -253,34 +310,55 @@ def build_model(name, keep_rate, input_size, fuse_token):
         fuse_token=fuse_token if name in VARIANTS else None).eval()
 
 
-def prepare(name, keep_rate, protocol, fuse_token):
+def prepare(name, keep_rate, protocol, fuse_token, plain=False):
     """Build and warm up a model; returns its stopwatch, and what is known of it without the clock, as a dict."""
     model = build_model(name, keep_rate, protocol.input_size, fuse_token).to(protocol.device)
+    if plain:
+        model = PlainEViT(model).eval()
     watch = stopwatch(model, protocol)
     return watch, {'gmacs': macs(model, protocol.input_size),
                    'mparams': sum(p.numel() for p in model.parameters()) / 1e6,
                    'memory_mib': peak_memory(model, protocol)}
 
 
-def compare(specs, protocol, fuse_token):
+def planned_rows(specs, protocol, reference):
+    """(name, keep rate, label, protocol, plain) of each row: the models, and with `reference` the plain EViTs too.
+
+    The plain one is measured as the original was, in float32 with gradients on; and if that is not ours, by our
+    protocol, but eager.
+    """
+    for name, rate in specs:
+        yield name, rate, name if rate is None else f'{name}@{rate:g}', protocol, False
+    original = dataclasses.replace(protocol, amp_dtype=torch.float32, compiled=False, gradients=True)
+    alike = dataclasses.replace(protocol, compiled=False)
+    for name, rate in specs if reference else ():
+        if name in VARIANTS:
+            label = 'plain' if rate is None else f'plain@{rate:g}'
+            yield name, rate, f'{label}, {alike.dtype}', alike, True
+            yield name, rate, f'{label}, float32, gradients on', original, True
+
+
+def compare(specs, protocol, fuse_token, reference=False):
     """Measure models in turn.
 
     Args:
         specs: (name, keep rate or None) of each model.
+        reference: measure the plain way of each EViT beside it.
     Returns:
-        for each model a dict of what was measured, or with only `model` and `failure`.
+        for each row a dict of what was measured, or with only `model` and `failure`.
     """
-    rows = [{'model': name if rate is None else f'{name}@{rate:g}'} for name, rate in specs]
-    stopwatches = []
-    for row, (name, rate) in zip(rows, specs):
+    rows, stopwatches, protocols = [], [], []
+    for name, rate, label, settings, plain in planned_rows(specs, protocol, reference):
+        rows.append({'model': label, 'protocol': settings})
         try:
-            watch, facts = prepare(name, rate, protocol, fuse_token)
+            watch, facts = prepare(name, rate, settings, fuse_token, plain)
         except FAILURES as failure:
-            row['failure'] = ' '.join(f'{type(failure).__name__}: {failure}'.split())
+            rows[-1]['failure'] = ' '.join(f'{type(failure).__name__}: {failure}'.split())
         else:
-            row.update(facts)
+            rows[-1].update(facts)
             stopwatches.append(watch)
-    speeds = time_in_turn(stopwatches, protocol)
+            protocols.append(settings)
+    speeds = time_in_turn(stopwatches, protocols)
     for row, speed in zip([row for row in rows if 'failure' not in row], speeds, strict=True):
         row['speed'] = speed
         if 'failure' not in rows[-1]:
@@ -302,8 +380,8 @@ def format_table(rows):
                f'{memory:>10}')
 
 
-def write_csv(path, rows, protocol):
-    """Write the rows of `compare`, each with the protocol, under a header line."""
+def write_csv(path, rows):
+    """Write the rows of `compare`, each with its protocol, under a header line."""
     columns = ['model', 'median', 'min', 'max', 'ratio', 'gmacs', 'mparams', 'memory_mib', 'failure', 'protocol']
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, columns)
@@ -311,7 +389,7 @@ def write_csv(path, rows, protocol):
         for row in rows:
             speed = row.pop('speed', None)
             figures = {'median': speed.median, 'min': speed.min, 'max': speed.max} if speed else {}
-            writer.writerow({**row, **figures, 'protocol': protocol})
+            writer.writerow({**row, **figures})
 
 
 # --- The input pipeline ---------------------------------------------------------------------------------------------
@@ -448,9 +526,10 @@ def compare_loading(candidates, protocol):
     with one_thread():
         for batches in iterators:
             next(batches)
-        alone = time_in_turn([functools.partial(loading_rate, batches, protocol) for batches in iterators], protocol)
-    all_workers = time_in_turn(
-        [functools.partial(rate_of_workers, pipeline, protocol) for pipeline in candidates], protocol)
+        alone = time_in_turn([functools.partial(loading_rate, batches, protocol) for batches in iterators],
+                             len(candidates) * [protocol])
+    all_workers = time_in_turn([functools.partial(rate_of_workers, pipeline, protocol) for pipeline in candidates],
+                               len(candidates) * [protocol])
     return list(zip(alone, all_workers))
 
 
@@ -546,6 +625,9 @@ def parse_args(argv=None):
     parser.add_argument('--amp-dtype', choices=['float32', 'bfloat16', 'float16'], default='float32')
     parser.add_argument('--fuse-token', action=argparse.BooleanOptionalAction, default=True,
                         help='let an EViT fuse the tokens that it does not keep')
+    parser.add_argument('--compile', action='store_true', help='measure compiled models')
+    parser.add_argument('--reference', action='store_true',
+                        help='measure beside each EViT one that is written the plain way')
     parser.add_argument('--windows', type=positive(int), default=5)
     parser.add_argument('--window-seconds', type=positive(float), default=1.)
     parser.add_argument('--csv', type=Path, metavar='FILE')
@@ -576,12 +658,12 @@ def main(argv=None):
                                                         args.windows, args.window_seconds))
         return
     protocol = Protocol(args.input_size, args.batch_size, device, getattr(torch, args.amp_dtype), None,
-                        args.windows, args.window_seconds)
+                        args.windows, args.window_seconds, args.compile)
     print(f'{protocol}; EViT with other tokens {"fused" if args.fuse_token else "dropped"}', flush=True)
-    rows = compare(args.models, protocol, args.fuse_token)
+    rows = compare(args.models, protocol, args.fuse_token, args.reference)
     print(*format_table(rows), sep='\n')
     if args.csv:
-        write_csv(args.csv, rows, protocol)
+        write_csv(args.csv, rows)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import models_evit
 from conftest import reference, reference_images, reference_weights
 from models_evit import VARIANTS, class_attention, num_kept, reorganize_tokens, resize_pos_embed
+from speed_test import PlainEViT
 
 
 def tiny(**kwargs):
@@ -229,28 +230,6 @@ def test_at_rate_one_it_is_timms_deit(distilled):
     assert model.no_weight_decay() == deit.no_weight_decay()
 
 
-def naive_forward(model, images):
-    """An EViT from the definition: explicit N×N attention in every block, sorting, a loop over images."""
-    x = model._pos_embed(model.patch_embed(images))
-    for block in model.blocks:
-        attn, prefix = block.attn, model.num_prefix_tokens
-        B, N, C = x.shape
-        q, k, v = attn.qkv(block.norm1(x)).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        weights = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-        x = x + block.ls1(attn.proj((weights @ v).transpose(1, 2).reshape(B, N, C)))
-        keep = math.ceil(block.keep_rate * (N - prefix))
-        if keep < N - prefix:
-            rows = []
-            for tokens, scores in zip(x, weights.mean(dim=1)[:, 0, prefix:]):
-                order = scores.argsort(descending=True) + prefix
-                rest = order[keep:]
-                fused = (scores[rest - prefix].unsqueeze(1) * tokens[rest]).sum(dim=0, keepdim=True)
-                rows.append(torch.cat([tokens[:prefix], tokens[order[:keep]]] + [fused] * block.fuse_token))
-            x = torch.stack(rows)
-        x = x + block.ls2(block.mlp(block.norm2(x)))
-    return model.forward_head(model.norm(x))
-
-
 @pytest.mark.parametrize('name', ['deit_tiny_patch16_shrink_base', 'deit_tiny_distilled_patch16_shrink_base'])
 @pytest.mark.parametrize('options', [{}, {'fuse_token': True}, {'init_values': 0.1, 'qk_norm': True}])
 def test_against_the_definition(name, options):
@@ -261,7 +240,7 @@ def test_against_the_definition(name, options):
                            for key, value in model.state_dict().items()})
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(model(images), naive_forward(model, images))
+        torch.testing.assert_close(model(images), PlainEViT(model)(images))
 
 
 def test_gradient_checkpointing_changes_no_gradient():

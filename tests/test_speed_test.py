@@ -1,5 +1,6 @@
 """The measuring: MACs against the paper, windows in turn, and a model left as it was found."""
 import csv
+import functools
 import time
 import types
 
@@ -244,8 +245,9 @@ def test_compare_goes_on_after_a_failure(monkeypatch):
 
     monkeypatch.setattr(speed_test, 'build_model', build)
     rows = compare([(name, None) for name in ['broken', 'one', 'refused', 'two']], protocol(), fuse_token=True)
-    assert rows[0] == {'model': 'broken', 'failure': 'ValueError: the output is not finite'}
-    assert rows[2] == {'model': 'refused', 'failure': 'RuntimeError: out of memory'}
+    assert (rows[0]['model'], rows[0]['failure']) == ('broken', 'ValueError: the output is not finite')
+    assert (rows[2]['model'], rows[2]['failure']) == ('refused', 'RuntimeError: out of memory')
+    assert 'speed' not in rows[0] and 'speed' not in rows[2]
     assert rows[1]['speed'].median > 0 and rows[1]['ratio'] > 0 and rows[3]['ratio'] == 1.
     lines = list(speed_test.format_table(rows))
     assert 'failed: ValueError' in lines[1] and 'failed: RuntimeError' in lines[3] and '1.000' in lines[4]
@@ -262,6 +264,43 @@ def test_models_are_built_as_asked():
     assert not speed_test.build_model(TINY, None, 48, False).blocks[3].fuse_token
     assert speed_test.build_model(TINY, None, 48, False).base_keep_rate == 0.7
     speed_test.build_model('resnet18', None, 48, True)
+
+
+def test_reference_is_measured_as_the_original_was(monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed_test, 'stopwatch', lambda model, settings: seen.append((model, settings)) or (lambda: 1.))
+    ours = protocol(amp_dtype=torch.bfloat16, compiled=True)
+    rows = compare([(TINY, 0.5), ('deit_tiny_patch16_224', None)], ours, fuse_token=True, reference=True)
+    assert [row['model'] for row in rows] == [f'{TINY}@0.5', 'deit_tiny_patch16_224', 'plain@0.5, bfloat16 autocast',
+                                              'plain@0.5, float32, gradients on']
+    assert [type(model).__name__ for model, _ in seen] == ['EViT', 'VisionTransformer', 'PlainEViT', 'PlainEViT']
+    assert all(not module.training for model, _ in seen for module in model.modules())
+    assert seen[2][0].model.base_keep_rate == 0.5 and seen[2][0].model.blocks[3].fuse_token
+    assert [settings for _, settings in seen] == [row['protocol'] for row in rows] == [
+        ours, ours, protocol(amp_dtype=torch.bfloat16), protocol(gradients=True)]
+    assert rows[2]['gmacs'] == pytest.approx(rows[0]['gmacs'], rel=0.02)
+    assert 'with gradients' in str(rows[3]['protocol']) and 'compiled' in str(ours) and 'eager' in str(protocol())
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+def test_gradients_are_recorded_where_asked(gradients):
+    model = tiny(num_classes=3).eval()
+    logits = speed_test.forward(model, torch.zeros(1, 3, 32, 32), protocol(gradients=gradients))
+    assert logits.requires_grad == gradients and logits.is_inference() != gradients
+
+
+def test_compiled_models_are_measured():
+    model = tiny(depth=4, drop_loc=(1, 2), num_classes=3)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend))
+        result = throughput(model, 32, compiled=True, **QUICK)
+    assert len(graphs) == 1 and result.median > 0 and 'compiled' in str(result)
 
 
 def test_command_line(tmp_path, capsys):
