@@ -1,4 +1,5 @@
 """One epoch of training, one evaluation, and the schedule of the keep rate."""
+import contextlib
 import math
 
 import torch
@@ -21,7 +22,7 @@ def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_ra
 
 
 def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scaler, amp_dtype, seed, keep_rate=None,
-                    erase=None, mixup=None, model_ema=None, clip_grad=None, print_freq=50):
+                    erase=None, mixup=None, model_ema=None, clip_grad=None, accum_steps=1, print_freq=50):
     """Train for one epoch, in the mode (train or eval) that the model is in.
 
     Args:
@@ -32,6 +33,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         erase: images → images, random erasing.
         mixup: (images, labels) → (mixed images, soft labels).
         model_ema: timm's ModelEmaV3.
+        accum_steps: batches whose mean gradient makes an update; of the last update of the epoch maybe fewer.
     Returns:
         Dict of the epoch's mean loss and images_per_second over all processes, last lr and keep_rate.
     Raises:
@@ -46,18 +48,22 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         if mixup is not None:
             images, labels = mixup(images, labels)
         rate = {} if keep_rate is None else {'keep_rate': keep_rate(step)}
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            loss = criterion(images, model(images, **rate), labels)
-
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        if clip_grad is not None:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        if model_ema is not None:
-            model_ema.update(model)
+        first = step - step % accum_steps                                  # batch of this update
+        batches = min(accum_steps, len(loader) - first)
+        updates = step + 1 == first + batches
+        with contextlib.nullcontext() if updates or not hasattr(model, 'no_sync') else model.no_sync():
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                loss = criterion(images, model(images, **rate), labels)
+            scaler.scale(loss / batches).backward()
+        if updates:
+            if clip_grad is not None:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if model_ema is not None:
+                model_ema.update(model)
         progress.update(loss.detach(), len(images), lr=optimizer.param_groups[0]['lr'], **rate)
     return progress.summary()
 

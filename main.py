@@ -93,6 +93,8 @@ def get_args_parser():
     add('--input-size', type=positive_int, default=224, help='pixels')
     add('--drop', type=share, default=0.0, help='dropout rate of the head')
     add('--drop-path', type=within(0, 0.99), default=0.1, help='stochastic depth rate')
+    add('--grad-checkpointing', action='store_true',
+        help='compute activations again in the backward pass instead of keeping them, for a smaller GPU')
     add('--model-ema', action='store_true', default=True, help='keep a moving average of the weights')
     add('--no-model-ema', action='store_false', dest='model_ema')
     add('--model-ema-decay', type=share, default=0.99996)
@@ -110,6 +112,7 @@ def get_args_parser():
     add = parser.add_argument_group('schedule').add_argument
     add('--epochs', type=positive_int, default=300)
     add('--batch-size', type=positive_int, default=64, help='images a process; validation takes 1.5 times as many')
+    add('--accum-steps', type=positive_int, default=1, help='batches that make one update, for a smaller GPU')
     add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly'])
     add('--lr', type=non_negative, default=5e-4, help='learning rate, times global batch size / 512')
     add('--lr-noise', type=float, nargs='+', help='where noise on the rate begins and ends, as shares of the epochs')
@@ -261,6 +264,11 @@ def build_model(args, num_classes):
             base_keep_rate=args.base_keep_rate, fuse_token=args.fuse_token, drop_loc=args.drop_loc)
     except ValueError as error:
         raise InputError(f'--model {args.model}: {error}') from None
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AttributeError, AssertionError):
+            raise InputError(f'--grad-checkpointing: {args.model} has none') from None
     patch_size = model.patch_embed.patch_size[0] if hasattr(model, 'patch_embed') else 1
     if args.input_size % patch_size:
         raise InputError(f'--input-size {args.input_size} is no multiple of the patch size {patch_size}')
@@ -324,7 +332,7 @@ class Training:
 
     def __init__(self, args, model, device):
         self.model = model
-        lr = args.lr * args.batch_size * utils.world_size() / 512
+        lr = args.lr * args.batch_size * args.accum_steps * utils.world_size() / 512
         fused = {'fused': True} if args.opt == 'adamw' else {}                         # one kernel for all tensors
         try:
             self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr, **fused})
@@ -413,14 +421,16 @@ def run_evaluation(args, model, loader, device):
 
 
 def test_speed(args, model, device):
-    """Print images/s and GMACs of the model, and write them to speed_macs.txt in the output folder."""
+    """Print images/s and GMACs of the model, and write them to speed_macs.txt and log.txt in the output folder."""
     speed = throughput(model, args.input_size, batch_size=args.batch_size, device=device,
                        amp_dtype=choose_amp_dtype(args.amp_dtype, device))
-    report = f'{args.model}: {speed}\n{args.model}: {macs(model, args.input_size):.3f} GMACs an image'
+    gmacs = macs(model, args.input_size)
+    report = f'{args.model}: {speed}\n{args.model}: {gmacs:.3f} GMACs an image'
     log(report)
     if args.output_dir and utils.rank() == 0:
         folder = make_folder(args.output_dir)
         (folder / 'speed_macs.txt').write_text(report + '\n')
+        write_log(folder, {'speed_images_per_second': speed.median, 'speed_gmacs': gmacs})
 
 
 def visualize(args, model, dataset, device):
@@ -445,6 +455,12 @@ def make_folder(path):
     except OSError as error:
         raise InputError(f'the output folder {path} cannot be made or written to: {error.strerror}') from None
     return Path(path)
+
+
+def write_log(folder, stats):
+    """Add a line to log.txt."""
+    with (folder / 'log.txt').open('a') as file:
+        file.write(json.dumps(stats) + '\n')
 
 
 def set_training_mode(model, args):
@@ -483,7 +499,7 @@ def train(args, training, loader_train, loader_val, num_classes, device):
             parallel, criterion, loader_train, training.optimizer, epoch, device=device, scaler=training.scaler,
             amp_dtype=choose_amp_dtype(args.amp_dtype, device), seed=args.seed, keep_rate=keep_rate_of_step,
             erase=erase, mixup=mixup, model_ema=training.model_ema, clip_grad=args.clip_grad,
-            print_freq=args.print_freq)
+            accum_steps=args.accum_steps, print_freq=args.print_freq)
         training.epoch += 1
         stats = {f'train_{key}': value for key, value in train_stats.items()}
         best = False
@@ -524,8 +540,7 @@ class RunOutput:
 
     def write(self, stats, epoch, num_parameters):
         if self.folder:
-            with (self.folder / 'log.txt').open('a') as file:
-                file.write(json.dumps({**stats, 'epoch': epoch, 'n_parameters': num_parameters}) + '\n')
+            write_log(self.folder, {**stats, 'epoch': epoch, 'n_parameters': num_parameters})
             for name, value in stats.items():
                 self.writer.add_scalar(name.replace('_', '/', 1), value, epoch)
             self.writer.flush()

@@ -1,4 +1,6 @@
+import contextlib
 import random
+import types
 
 import pytest
 import torch
@@ -106,3 +108,24 @@ def test_erasing_comes_first_and_is_drawn_from_the_step():
         return drawn
 
     assert run(0) == run(0) and len(set(run(0) + run(1))) == 6
+
+
+def test_accumulated_steps_are_one_step_of_a_larger_batch():
+    """Of 5 batches of 2, two make an update, and the last one alone; processes meet only where there is one."""
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(10, 3, generator=generator), torch.arange(10) % 3)
+    model, expected, apart = Logits(3), Logits(3), []
+
+    @contextlib.contextmanager
+    def no_sync():
+        apart.append(True)
+        yield
+
+    model.no_sync = no_sync
+    averages = types.SimpleNamespace(calls=0)
+    averages.update = lambda _: setattr(averages, 'calls', averages.calls + 1)
+    stats = train_epoch(model, DataLoader(data, 2), accum_steps=2, clip_grad=0.3, model_ema=averages)
+    for batch in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        train_epoch(expected, [data[batch]], clip_grad=0.3)
+    torch.testing.assert_close(model.scale, expected.scale)
+    assert len(apart) == 2 and averages.calls == 3 and stats['images_per_second'] > 0

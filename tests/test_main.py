@@ -389,6 +389,15 @@ def test_lmdb_gives_the_losses_of_the_tree(image_folder, tmp_path):
     assert {**one, 'train_images_per_second': 0} == {**other, 'train_images_per_second': 0}
 
 
+def test_smaller_gpus_take_more_batches_and_keep_fewer_activations():
+    args = parse_args([*TINY, '--grad-checkpointing', '--accum-steps', '4', '--lr', '1e-3'])
+    model = main.build_model(args, 10)
+    assert model.grad_checkpointing and not main.build_model(parse_args(TINY), 10).grad_checkpointing
+    training = main.Training(args, model, torch.device('cpu'))
+    training.lr_scheduler.step(0)
+    assert training.optimizer.param_groups[0]['lr'] == pytest.approx(1e-3 * 64 * 4 / 512)
+
+
 @pytest.mark.parametrize('flags, expected', [
     (['--reprob', '0'], None), ([], (0.25, True, False, 1)),
     (['--remode', 'rand', '--recount', '3'], (0.25, False, True, 3)),
@@ -439,6 +448,8 @@ def test_speed_and_masks(digits_run, tmp_path, capsys):
     flags = [*PLAIN, '--output_dir', str(tmp_path), '--resume', str(folder / 'checkpoint.pth')]
     main.main(parse_args([*flags, '--only_test_speed', '--batch-size', '2']))
     assert 'images/s' in (tmp_path / 'speed_macs.txt').read_text() and 'GMACs' in capsys.readouterr().out
+    line, = log_lines(tmp_path)
+    assert line['speed_images_per_second'] > 0 and 0 < line['speed_gmacs'] < 1
     main.main(parse_args([*flags, '--visualize_mask', '--n_visualization', '5', '--batch-size', '2']))
     assert sorted(path.name for path in tmp_path.glob('*.jpg')) == sorted(
         f'img_{i}_{stage}.jpg' for i in range(5) for stage in ('a', 'l0', 'l1', 'l2'))
