@@ -215,7 +215,7 @@ def build_transform(is_train, args):
 class DeviceLoader:
     """The batches of a DataLoader on the device: images normalised float32 (B, 3, H, W), labels (B,).
 
-    They travel as bytes, a quarter of the size, and on a GPU beside its work on the batch before.
+    They travel as bytes, a quarter of the size, and on a GPU beside the work that it still has to do.
     (timm's PrefetchLoader does so too, but until lately it could overwrite a batch that was still in use, and it
     fails on a share without samples.)
 

@@ -30,6 +30,8 @@ import functools
 import io
 import itertools
 import os
+import shutil
+import stat
 import struct
 import sys
 import weakref
@@ -54,6 +56,7 @@ ADVICE = 'convert again with folder2lmdb.py --force'
 CHUNK = 16                                          # files read by a thread at a time, and records per transaction
 PAGE = os.sysconf('SC_PAGE_SIZE')                   # of LMDB too
 MAP_STEP = 2 ** 28                                  # bytes that the map grows by
+MAX_SIZE = 2 ** 30                                  # bytes of an image; its offset in the record has 32 bits
 
 
 # --- The records ----------------------------------------------------------------------------------------------------
@@ -179,6 +182,10 @@ def _undecodable(where, error):
     return DataError(f'{where} does not decode: {"no image format of Pillow" if unknown else _one_line(error)}')
 
 
+def _damaged(path, error):
+    return InputError(f'{path} is damaged, or of another format ({_one_line(error)}); {ADVICE}')
+
+
 def _one_line(error):
     return ' '.join(str(error).split()) or type(error).__name__
 
@@ -202,12 +209,24 @@ class _Database:
     @functools.cached_property
     def labels(self):
         """(number of images,) int32"""
-        with self.env.begin(buffers=True) as txn:
-            return decode_column(txn.get(LABELS_KEY), LABELS).to_numpy().copy()
+        with self._column(LABELS_KEY, LABELS) as labels:
+            return labels.to_numpy().copy()
 
     def names(self, indices=slice(None)):
-        with self.env.begin(buffers=True) as txn:
-            return decode_names(decode_column(txn.get(NAMES_KEY), NAMES)[indices])
+        with self._column(NAMES_KEY, NAMES) as names:
+            return decode_names(names[indices])
+
+    @contextlib.contextmanager
+    def _column(self, key, schema):
+        """What stands under `key`, one for each image; InputError about the database where it does not."""
+        try:
+            with self.env.begin(buffers=True) as txn:
+                column = decode_column(txn.get(key), schema)
+                if len(column) != self.num_images:
+                    raise ValueError(f'{len(column):,} {key.decode()} for {self.num_images:,} images')
+                yield column
+        except Exception as error:
+            raise _damaged(self.path, error) from error
 
     def where(self, index):
         name, = self.names(slice(index, index + 1))
@@ -292,14 +311,16 @@ def _open_checked(path, file):
         entries = env.stat()['entries']
         if not entries:
             raise InputError(f'{path} is empty, an LMDB database without entries; {ADVICE}')
-        with env.begin() as txn:
-            kinds = [kind for kind in (_Database, _LegacyDatabase) if txn.get(kind.header_key) is not None]
-        if not kinds:
-            raise InputError(f'{path} is an LMDB database of another format; {ADVICE}')
         try:
+            with env.begin() as txn:
+                kinds = [kind for kind in (_Database, _LegacyDatabase) if txn.get(kind.header_key) is not None]
+            if not kinds:
+                raise InputError(f'{path} is an LMDB database of another format; {ADVICE}')
             database = kinds[0](path, env)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f'{path} is damaged, or of another format ({_one_line(error)}); {ADVICE}') from error
+        except InputError:
+            raise
+        except Exception as error:                  # lmdb's, pyarrow's, and Python's own, according to the damage
+            raise _damaged(path, error) from error
         images = entries - database.num_others
         if database.num_images != images:
             raise InputError(f'{path} lists {database.num_images:,} images but holds {images:,}; {ADVICE}')
@@ -365,7 +386,7 @@ class ImageFolderLMDB(Dataset):
     def __getitem__(self, index):
         index = range(len(self))[index]             # as a list takes it: negative ones too, IndexError past the end
         image, label = self._database.load(index, self.decode)
-        if label >= len(self.classes):
+        if not 0 <= label < len(self.classes):
             raise InputError(f'{self._database.where(index)} has label {label}, but there are {len(self.classes)} '
                              'classes; --nb-classes gives their number')
         if self.transform is not None:
@@ -380,7 +401,8 @@ class ImageFolderLMDB(Dataset):
 def convert(folder, path, workers=1):
     """Write the images of the tree `folder` to the database `path`; → (number of images, number of classes).
 
-    The file is left to the system to write to the disk, as `cp` leaves its own.
+    The file is left to the system to write to the disk, as `cp` leaves its own. A reader takes 16 files at a time into
+    memory.
     """
     tree = _image_folder(folder)
     files = [file for file, _ in tree.samples]
@@ -414,7 +436,7 @@ def convert(folder, path, workers=1):
 
 def _read_records(files, indices, buffer):
     """Read files into a buffer, or a larger one, around each the frame of its record; → buffer, [(key, record)]."""
-    sizes = [os.path.getsize(files[index]) for index in indices]
+    sizes = [_image_size(files[index]) for index in indices]
     frames = [image_frame(size) for size in sizes]
     total = sum(sizes) + sum(len(before) + len(after) for before, after in frames)
     if len(buffer) < total:
@@ -425,11 +447,18 @@ def _read_records(files, indices, buffer):
         end = image + size + len(after)
         view[start:image], view[image + size:end] = before, after
         with open(files[index], 'rb', buffering=0) as file:
-            if file.readinto(view[image:image + size]) != size:
-                raise DataError(f'{files[index]} became shorter while it was read')
+            if file.readinto(view[image:image + size]) != size or os.fstat(file.fileno()).st_size != size:
+                raise DataError(f'{files[index]} changed while it was read; convert again')
         records.append((image_key(index), view[start:end]))
         start = end
     return buffer, records
+
+
+def _image_size(path):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size >= MAX_SIZE:
+        raise DataError(f'{path} is no image: it is no regular file, or has 1 GiB and more')
+    return status.st_size
 
 
 def _transaction(env, items):
@@ -533,6 +562,9 @@ def parse_args():
                         help='write nothing; decode every image of the trees and databases there are, and list those '
                              'that do not decode (exit status 1 if any)')
     args = parser.parse_args()
+    splits = args.splits.split(',')
+    if '' in splits or len(set(splits)) < len(splits) or any(os.path.basename(split) != split for split in splits):
+        parser.error(f'--splits takes names of folders in --dir with commas between, not {args.splits!r}')
     if args.workers is not None and args.workers < 1:
         parser.error(f'--workers must be at least 1, not {args.workers}')
     return args
@@ -550,6 +582,8 @@ def run(args):
     for folder in folders:                          # all before the first, which may take an hour
         if not os.path.isdir(folder):
             raise InputError(f'{folder} is not a folder; {folder}/<class>/<image> is expected')
+        if os.path.isdir(f'{folder}.lmdb'):
+            raise InputError(f'{folder}.lmdb is a folder; remove it first')
         if os.path.exists(f'{folder}.lmdb') and not args.force:
             raise InputError(f'{folder}.lmdb exists; --force replaces it')
     for folder in folders:
@@ -561,10 +595,14 @@ def run(args):
 
 def main():
     args = parse_args()
+    sys.stdout.reconfigure(errors='backslashreplace')          # names of files may be in no encoding
     try:
         return run(args)
     except (InputError, OSError, lmdb.Error) as error:
-        print(f'folder2lmdb.py: error: {_one_line(error)}', file=sys.stderr)
+        free = ''
+        if isinstance(error, lmdb.Error):           # to which a full disk is an "Input/output error"
+            free = f' ({shutil.disk_usage(args.dir).free / 2 ** 20:,.0f} MiB are free in {args.dir})'
+        print(f'folder2lmdb.py: error: {_one_line(error)}{free}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('folder2lmdb.py: interrupted', file=sys.stderr)

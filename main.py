@@ -7,7 +7,6 @@ import datetime
 import json
 import math
 import os
-import re
 import sys
 import tempfile
 import time
@@ -131,8 +130,8 @@ def get_args_parser():
     add('--smoothing', type=within(0, 0.99), default=0.1, help='label smoothing')
     add('--train-interpolation', default='bicubic', choices=['random', 'bilinear', 'bicubic'])
     add('--fast-resize', action='store_true',
-        help="decode and resize training images by torch's code instead of Pillow's, which is faster; "
-             'this changes their values by up to 2 of 255')
+        help="decode and resize training images by torch's code instead of Pillow's, which is faster; this changes "
+             'the values of a resized image by up to 2 of 255, which augmentation may enlarge')
     add('--repeated-aug', action='store_true', default=True, help='three augmented copies of an image in an epoch')
     add('--no-repeated-aug', action='store_false', dest='repeated_aug')
     add('--reprob', type=share, default=0.25, help='random erasing: probability')
@@ -594,9 +593,7 @@ def run():
         utils.leave_process_group()
     except (InputError, FloatingPointError, OSError) as error:
         if utils.local_rank() == 0 or isinstance(error, (utils.DataError, OSError)):
-            # One from a process that loads data comes with its traceback, and ends with the message
-            message = re.sub(r'^utils\.\w+: ', '', str(error).splitlines()[-1])
-            print(f'main.py: error: {message}', file=sys.stderr)
+            print(f'main.py: error: {utils.one_line(error)}', file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 

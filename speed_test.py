@@ -23,6 +23,7 @@ import os
 import platform
 import statistics
 import time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -45,7 +46,7 @@ from datasets import SeededDataset, build_dataset, build_loader
 from folder2lmdb import ImageFolderLMDB
 from models_evit import VARIANTS
 from samplers import EvalSampler, TrainSampler
-from utils import ArgumentParser, InputError
+from utils import ArgumentParser, InputError, one_line
 
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError.
 FAILURES = (AssertionError, RuntimeError, TypeError, ValueError)
@@ -477,6 +478,8 @@ def pipelines(data_path, is_train, protocol):
     folder, database = Path(data_path, split), Path(data_path, f'{split}.lmdb')
     settings = dict(is_train=is_train, batch_size=protocol.batch_size, device=protocol.device)
     transform = plain_transform(is_train, protocol.input_size)
+    if not folder.is_dir() and not database.exists():
+        raise InputError(f'--data-path {data_path} has neither {folder.name}/ nor {database.name}')
     if folder.is_dir():
         plain = ImageFolder(folder, transform)
     else:
@@ -534,28 +537,29 @@ def compare_loading(candidates, protocol):
 
 
 def time_stages(pipeline, num_images=256):
-    """Where the time goes: milliseconds an image on one core, from reading to the batch, as a dict."""
+    """Where the time goes: milliseconds an image, from reading to the batch, as a dict of medians of 3 rounds."""
     dataset = pipeline.dataset
     steps, dataset.transform = dataset.transform.transforms, None
     stages = [('read and decode', lambda index: dataset[index][0]), *((type(step).__name__, step) for step in steps)]
+    stages.append(('batch', None))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    items, times = order[:num_images], {}
-    with one_thread():
+    times = {name: [] for name, _ in stages}
+    for _ in range(3):
+        items = order[:num_images]
         for name, stage in stages:
             start = time.perf_counter()
-            items = [stage(item) for item in items]
-            times[name] = 1e3 * (time.perf_counter() - start) / len(items)
-        start = time.perf_counter()
-        for _ in pipeline.batches([(item, 0) for item in items], 0):
-            pass
-        times['batch'] = 1e3 * (time.perf_counter() - start) / len(items)
-    return times
+            if stage:
+                items = [stage(item) for item in items]
+            else:
+                deque(pipeline.batches([(item, 0) for item in items], 0), maxlen=0)
+            times[name].append(1e3 * (time.perf_counter() - start) / len(items))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure_loading(data_path, protocol):
     """Print images/s of the pipelines of both splits, and where the time goes."""
-    print(protocol, flush=True)
     candidates = [list(pipelines(data_path, is_train, protocol)) for is_train in (True, False)]
+    print(protocol, flush=True)
     width = max(len(pipeline.name) for split in candidates for pipeline in split)
     columns = [f'{"images/s of " + part + " [min–max]":>28} {"ratio":>6}' for part in ('a core', 'all')]
     print(f'{"pipeline":{width}}', *columns)
@@ -566,7 +570,8 @@ def measure_loading(data_path, protocol):
             print(f'{pipeline.name:{width}}', *columns, flush=True)
     print('Milliseconds an image on one core:')
     for pipeline in itertools.chain(*candidates):
-        times = time_stages(pipeline)
+        with one_thread():
+            times = time_stages(pipeline)
         print(f'{pipeline.name:{width}} {", ".join(f"{name} {time:.2f}" for name, time in times.items())}')
 
 
@@ -669,5 +674,5 @@ def main(argv=None):
 if __name__ == '__main__':
     try:
         main()
-    except InputError as error:
-        ArgumentParser().error(error)
+    except (InputError, OSError) as error:
+        ArgumentParser().error(one_line(error))

@@ -4,6 +4,7 @@ import datetime
 import math
 import os
 import random
+import re
 import time
 
 import numpy as np
@@ -17,6 +18,12 @@ class InputError(Exception):
 
 class DataError(InputError):
     """Wrong input that one process alone may have met, such as a picture that does not decode."""
+
+
+def one_line(error):
+    """The message of an error; one that a process of a DataLoader met comes with its traceback, and ends with it."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return re.sub(r'^utils\.\w+: ', '', lines[-1])
 
 
 class ArgumentParser(argparse.ArgumentParser):

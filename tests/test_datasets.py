@@ -12,6 +12,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+import folder2lmdb
 from datasets import (DeviceLoader, Digits, INaturalist, SeededDataset, build_dataset, build_loader, build_transform,
                       check_same_classes, decode_pixels, load_image)
 from folder2lmdb import decode_picture
@@ -222,6 +223,25 @@ def test_validation_batches_are_those_of_the_plain_pipeline(num_workers, photos)
         ours = list(loader)
         assert [len(images) for images, _ in ours] == [8, 8, 8, 6] and ours[0][0].dtype == torch.float32
         torch.testing.assert_close(torch.cat([images for images, _ in ours]), plain, rtol=0, atol=1e-6)
+
+
+def test_loaders_keep_their_workers_and_pin_for_a_gpu(monkeypatch):
+    monkeypatch.setattr('datasets.DeviceLoader', lambda loader, device: loader)
+    dataset, cuda = Digits(False), torch.device('cuda')
+    assert build_loader(dataset, None, 8, CPU, num_workers=1).persistent_workers
+    assert [build_loader(dataset, None, 8, *options).pin_memory
+            for options in ((cuda,), (cuda, 0, False), (CPU,))] == [True, False, False]
+
+
+def test_torch_decodes_for_the_fast_resize_alone(photos):
+    folder2lmdb.convert(str(photos / 'train'), str(photos / 'train.lmdb'))
+    for is_train, flags, expected in ((True, ['--fast-resize'], decode_pixels), (True, [], decode_picture),
+                                      (False, ['--fast-resize'], decode_picture)):
+        tree = build_dataset(is_train, parse_args(['--data-path', str(photos), *flags]))
+        assert tree.loader.keywords == {'decode': expected}
+        if is_train:
+            args = parse_args(['--data-path', str(photos), '--use-lmdb', *flags])
+            assert build_dataset(True, args).decode is expected
 
 
 def test_a_share_without_samples_gives_no_batch():

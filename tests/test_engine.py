@@ -100,11 +100,14 @@ def test_erasing_comes_first_and_is_drawn_from_the_step():
 
         def mixup(images, labels):
             assert (images == drawn[-1]).all()
-            return images, labels
+            return images + 1, labels
 
-        random.seed(len(drawn))
+        model = Logits(3)
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, 0].item()))
+        seen = []
         loader = DataLoader(TensorDataset(torch.zeros(6, 3), torch.zeros(6, dtype=torch.long)), 2)
-        train_epoch(Logits(3), loader, erase=erase, mixup=mixup, seed=seed)
+        train_epoch(model, loader, erase=erase, mixup=mixup, seed=seed)
+        assert seen == pytest.approx([1 + value for value in drawn])
         return drawn
 
     assert run(0) == run(0) and len(set(run(0) + run(1))) == 6

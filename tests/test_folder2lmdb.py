@@ -319,6 +319,10 @@ def newer_version(path):
     write_lmdb(path, {b'header': schema.serialize()})
 
 
+def header(**metadata):
+    return pa.schema([('class', pa.binary())], {'format': 'folder2lmdb', **metadata}).serialize()
+
+
 def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
@@ -334,6 +338,11 @@ def cut(path, size):
     (lambda path: write_lmdb(path, {b'header': pa.schema([]).serialize()}), 'is an LMDB database of another format'),
     (lambda path: write_lmdb(path, {b'header': b'data'}), 'is damaged, or of another format'),
     (lambda path: path.unlink() or write_lmdb(path, {b'__len__': b'\x80\x04K\x0a.', b'0': b'pickled'}),
+     'is damaged, or of another format'),
+    (lambda path: write_lmdb(path, {b'header': header(images='11')}), "is damaged, or .*version"),
+    (lambda path: write_lmdb(path, {b'header': header(version='x', images='11')}), 'is damaged, or .*x'),
+    (lambda path: write_lmdb(path, {b'header': header(version='1', images='11')}), 'is damaged, or of another format'),
+    (lambda path: path.unlink() or write_lmdb(path, {b'__len__': bytes(16) + bytes(folder2lmdb.encode_header(1, []))}),
      'is damaged, or of another format'),
     (newer_version, 'has version 2 of the format, newer than the 1 known here; update'),
     (lambda path: write_lmdb(path, {folder2lmdb.image_key(4): None}), 'lists 11 images but holds 10'),
@@ -387,6 +396,27 @@ def test_record_that_does_not_decode_is_named(database):
         ImageFolderLMDB(database)[index]
 
 
+@pytest.mark.parametrize('key, schema, attribute', [(b'labels', folder2lmdb.LABELS, 'targets'),
+                                                    (b'names', folder2lmdb.NAMES, 'samples')])
+def test_what_stands_apart_is_checked(database, key, schema, attribute):
+    short = folder2lmdb.encode_column(pa.array([0] if key == b'labels' else [b'a'], schema.field(0).type), schema)
+    for value, reason in ((short, f'1 {key.decode()} for 11 images'), (b'data', '.*'), (None, '.*')):
+        write_lmdb(database, {key: value} if value else {key: value, b'zzz': b''})
+        dataset = ImageFolderLMDB(database)
+        with pytest.raises(InputError, match=rf'train.lmdb is damaged, or of another format \({reason}'):
+            getattr(dataset, attribute)
+        dataset.close()
+
+
+def test_labels_out_of_range_are_named(database):
+    labels = pa.array([-3, 3] + [0] * 9, pa.int32())
+    write_lmdb(database, {b'labels': folder2lmdb.encode_column(labels, folder2lmdb.LABELS)})
+    dataset = ImageFolderLMDB(database)
+    for index in (0, 1):
+        with pytest.raises(InputError, match=f'index {index}, .* has label -?3, but there are 3 classes'):
+            dataset[index]
+
+
 def test_every_kind_of_error_names_the_record(database, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)                 # a DecompressionBombError, which is no OSError
     with pytest.raises(InputError, match='index 0, .* does not decode: .*decompression bomb'):
@@ -414,18 +444,42 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, command):
     (tmp_path / 'val').mkdir()
     (tmp_path / 'test' / 'hollow').mkdir(parents=True)
     (tmp_path / 'full.lmdb').mkdir()
+    (tmp_path / 'full').mkdir()
     for arguments, message in [
             ([], '--dir'),
             (['--dir', tmp_path / 'nowhere'], 'nowhere/train is not a folder'),
             (['--dir', tmp_path, '--splits', 'train,no'], f'{tmp_path}/no is not a folder'),
             (['--dir', tmp_path, '--splits', 'val'], 'val'),
             (['--dir', tmp_path, '--splits', 'test'], 'hollow'),
+            (['--dir', tmp_path, '--splits', 'train/'], "--splits takes names of folders in --dir .*, not 'train/'"),
+            (['--dir', tmp_path, '--splits', 'train,'], "not 'train,'"),
+            (['--dir', tmp_path, '--splits', 'train,train'], "not 'train,train'"),
+            (['--dir', tmp_path, '--splits', 'full', '--force'], 'full.lmdb is a folder; remove it first'),
             (['--dir', tmp_path, '--workers', '0'], '--workers must be at least 1, not 0'),
             (['--dir', tmp_path, '--verify', '--splits', 'no'], f'neither {tmp_path}/no nor {tmp_path}/no.lmdb')]:
         status, out, err = command(*arguments)
         assert status == 2 and not out
         assert re.fullmatch(rf'folder2lmdb.py: error: .*{message}.*\n', err), err
     assert not list(tmp_path.glob('*.lmdb*/*')) and not list(tmp_path.glob('*.partial'))
+
+
+@pytest.mark.parametrize('change', [-1, 1])
+def test_a_file_that_changes_meanwhile_is_not_stored(change, tree, command, monkeypatch):
+    size = folder2lmdb._image_size
+    monkeypatch.setattr(folder2lmdb, '_image_size', lambda path: size(path) + change * path.endswith('bit.png'))
+    status, _, err = command('--dir', tree.parent, '--splits', 'train')
+    assert status == 2 and 'fish/bit.png changed while it was read' in err and os.listdir(tree.parent) == ['train']
+
+
+def test_what_is_no_file_or_too_large_is_named(tree, command, monkeypatch):
+    os.mkfifo(tree / 'bird' / 'pipe.jpg')
+    status, _, err = command('--dir', tree.parent, '--splits', 'train')
+    assert status == 2 and 'bird/pipe.jpg is no image' in err
+    (tree / 'bird' / 'pipe.jpg').unlink()
+    with open(tree / 'fish' / 'huge.png', 'wb') as file:
+        file.truncate(2 ** 30)
+    status, _, err = command('--dir', tree.parent, '--splits', 'train')
+    assert status == 2 and 'fish/huge.png is no image' in err and os.listdir(tree.parent) == ['train']
 
 
 @pytest.mark.parametrize('step', [2 ** 15, 2 ** 17])

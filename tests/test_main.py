@@ -411,6 +411,16 @@ def test_erasing_is_as_asked(flags, expected, monkeypatch):
     assert expected == (erase and (erase.probability, erase.per_pixel, erase.rand_color, erase.max_count))
 
 
+def test_workers_change_no_loss(image_folder, tmp_path):
+    """With every random piece on: crops, RandAugment, erasing, mixup, drop path."""
+    logs = []
+    for workers in ('0', '1', '2'):
+        main.main(parse_args([*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '2',
+                              '--num-workers', workers, '--output-dir', str(tmp_path / workers)]))
+        logs.append([{**line, 'train_images_per_second': 0} for line in log_lines(tmp_path / workers)])
+    assert logs[0] == logs[1] == logs[2]
+
+
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_a_picture_that_does_not_decode_is_named(workers, image_folder, tmp_path, monkeypatch, capsys):
     tree = shutil.copytree(image_folder, tmp_path / 'tree')

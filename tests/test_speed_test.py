@@ -393,6 +393,16 @@ def test_the_plain_pipeline_is_timed_on_what_there_is(both, tmp_path):
     assert names == ['val, ImageFolderLMDB, plain', 'val, ImageFolderLMDB']
 
 
+def test_ours_erases_as_the_plain_pipeline_does(both, monkeypatch):
+    monkeypatch.setattr(speed_test, 'RandomErasing', lambda **settings: lambda images: images.zero_())
+    pipelines = list(speed_test.pipelines(both, True, loading_protocol()))
+    empty = [not any(map(torch.any, pipeline.batches(pipeline.dataset, 0))) for pipeline in pipelines]
+    assert empty == [False] + 4 * [True]
+    plain = pipelines[0].dataset.transform.transforms[-1]
+    assert (plain.probability, plain.per_pixel) == (0.25, True)
+    assert speed_test.ERASING == {'probability': 0.25, 'mode': 'pixel'}
+
+
 def test_loading_rate_is_images_per_second():
     def batches():
         while True:
@@ -417,5 +427,5 @@ def test_loader_command_line(both, tmp_path, capsys):
     assert 'batches of 4 of 32×32' in header and '2 windows' in header and '1 workers' in header
     assert titles.count('images/s') == titles.count('ratio') == 2
     assert len(lines) == 8 + 1 + 8 and [line.count('1.000') for line in lines[:8:5]] == [2, 2]
-    with pytest.raises(InputError, match='train.lmdb does not exist'):
+    with pytest.raises(InputError, match='has neither train/ nor train.lmdb'):
         speed_test.main(['--loader', '--data-path', str(tmp_path)])
