@@ -436,26 +436,29 @@ def convert(folder, path, workers=1):
 
 def _read_records(files, indices, buffer):
     """Read files into a buffer, or a larger one, around each the frame of its record; → buffer, [(key, record)]."""
-    sizes = [_image_size(files[index]) for index in indices]
-    frames = [image_frame(size) for size in sizes]
-    total = sum(sizes) + sum(len(before) + len(after) for before, after in frames)
-    if len(buffer) < total:
-        buffer = bytearray(total)
-    view, start, records = memoryview(buffer), 0, []
-    for index, size, (before, after) in zip(indices, sizes, frames):
-        image = start + len(before)
-        end = image + size + len(after)
-        view[start:image], view[image + size:end] = before, after
-        with open(files[index], 'rb', buffering=0) as file:
-            if file.readinto(view[image:image + size]) != size or os.fstat(file.fileno()).st_size != size:
+    start, records = 0, []
+    for index in indices:
+        file = os.open(files[index], os.O_RDONLY | os.O_NONBLOCK)          # or opening a pipe would wait for a writer
+        try:
+            size = _image_size(file, files[index])
+            before, after = image_frame(size)
+            length = len(before) + size + len(after)
+            if start + length > len(buffer):        # the records before stay in the old one
+                start, buffer = 0, bytearray(max(length, 2 * len(buffer)))
+            record = memoryview(buffer)[start:start + length]
+            record[:len(before)], record[len(before) + size:] = before, after
+            # To a byte more than there should be, so as to notice a file that grows
+            if os.readv(file, [record[len(before):len(before) + size], bytearray(1)]) != size:
                 raise DataError(f'{files[index]} changed while it was read; convert again')
-        records.append((image_key(index), view[start:end]))
-        start = end
+        finally:
+            os.close(file)
+        records.append((image_key(index), record))
+        start += length
     return buffer, records
 
 
-def _image_size(path):
-    status = os.stat(path)
+def _image_size(file, path):
+    status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or status.st_size >= MAX_SIZE:
         raise DataError(f'{path} is no image: it is no regular file, or has 1 GiB and more')
     return status.st_size
