@@ -465,8 +465,11 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, command):
 
 @pytest.mark.parametrize('change', [-1, 1])
 def test_a_file_that_changes_meanwhile_is_not_stored(change, tree, command, monkeypatch):
+    def wrong_size(file, path):
+        return size(file, path) + change * path.endswith('bit.png')
+
     size = folder2lmdb._image_size
-    monkeypatch.setattr(folder2lmdb, '_image_size', lambda file, path: size(file, path) + change * path.endswith('bit.png'))
+    monkeypatch.setattr(folder2lmdb, '_image_size', wrong_size)
     status, _, err = command('--dir', tree.parent, '--splits', 'train')
     assert status == 2 and 'fish/bit.png changed while it was read' in err and os.listdir(tree.parent) == ['train']
 
