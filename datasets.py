@@ -228,7 +228,7 @@ class DeviceLoader:
         self.loader, self.device = loader, device
         self.dataset, self.sampler = loader.dataset, loader.sampler
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
-        self.mean, self.std = (255 * torch.tensor(statistic, device=device).view(1, 3, 1, 1)
+        self.mean, self.std = (torch.tensor(statistic, device=device).view(1, 3, 1, 1)
                                for statistic in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
     def __len__(self):
@@ -237,7 +237,8 @@ class DeviceLoader:
     def __iter__(self):
         for batch in self.loader:
             images, labels = self._to_device(batch)
-            yield images.float().sub_(self.mean).div_(self.std), labels
+            # In the order of ToTensor and Normalize, so that the values are theirs to the last bit
+            yield images.float().div_(255).sub_(self.mean).div_(self.std), labels
 
     def _to_device(self, batch):
         if self.stream is None:
