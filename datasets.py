@@ -222,10 +222,12 @@ class DeviceLoader:
     Args:
         loader: of (uint8 images, labels), in pinned memory if the copy is to be beside other work.
         device: torch.device.
+        channels_last: whether the images lie in memory pixel by pixel instead of channel by channel.
     """
 
-    def __init__(self, loader, device):
+    def __init__(self, loader, device, channels_last=False):
         self.loader, self.device = loader, device
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.dataset, self.sampler = loader.dataset, loader.sampler
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self.mean, self.std = (torch.tensor(statistic, device=device).view(1, 3, 1, 1)
@@ -238,7 +240,8 @@ class DeviceLoader:
         for batch in self.loader:
             images, labels = self._to_device(batch)
             # In the order of ToTensor and Normalize, so that the values are theirs to the last bit
-            yield images.float().div_(255).sub_(self.mean).div_(self.std), labels
+            images = images.to(torch.float32, memory_format=self.memory_format)
+            yield images.div_(255).sub_(self.mean).div_(self.std), labels
 
     def _to_device(self, batch):
         if self.stream is None:
@@ -252,8 +255,10 @@ class DeviceLoader:
         return tensors
 
 
-def build_loader(dataset, sampler, batch_size, device, num_workers=0, pin_memory=True, drop_last=False):
+def build_loader(dataset, sampler, batch_size, device, num_workers=0, pin_memory=True, drop_last=False,
+                 channels_last=False):
     """The `DeviceLoader` of a data set whose images are uint8; workers stay alive from one epoch to the next."""
     return DeviceLoader(
         DataLoader(dataset, batch_size, sampler=sampler, drop_last=drop_last, num_workers=num_workers,
-                   persistent_workers=num_workers > 0, pin_memory=pin_memory and device.type == 'cuda'), device)
+                   persistent_workers=num_workers > 0, pin_memory=pin_memory and device.type == 'cuda'),
+        device, channels_last)

@@ -38,6 +38,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         Dict of the epoch's mean loss and images_per_second over all processes, last lr and keep_rate.
     Raises:
         FloatingPointError: the loss is not finite; noticed where it is logged, so that no step waits for the device.
+            Or a weight, after the last step.
     """
     progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True)
     for step, (images, labels) in enumerate(loader):
@@ -65,6 +66,9 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             if model_ema is not None:
                 model_ema.update(model)
         progress.update(loss.detach(), len(images), lr=optimizer.param_groups[0]['lr'], **rate)
+    if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+        raise FloatingPointError(f'Epoch: [{epoch}] the last step left weights that are not finite; '
+                                 'try a lower --lr, --clip-grad, or --amp-dtype float32')
     return progress.summary()
 
 

@@ -94,6 +94,8 @@ def get_args_parser():
     add('--drop-path', type=within(0, 0.99), default=0.1, help='stochastic depth rate')
     add('--grad-checkpointing', action='store_true',
         help='compute activations again in the backward pass instead of keeping them, for a smaller GPU')
+    add('--compile', action='store_true', help='by torch.compile, for minutes at the start and more images/s after')
+    add('--channels-last', action='store_true', help='lay images out pixel by pixel, as convolutions may like')
     add('--model-ema', action='store_true', default=True, help='keep a moving average of the weights')
     add('--no-model-ema', action='store_false', dest='model_ema')
     add('--model-ema-decay', type=share, default=0.99996)
@@ -233,7 +235,7 @@ def build_loaders(args, device):
     """Loaders of (images, labels): of training, None where the run only evaluates, and of validation."""
     dataset_train = None if evaluates_only(args) else build_dataset(True, args)
     dataset_val = build_dataset(False, args)
-    options = dict(num_workers=args.num_workers, pin_memory=args.pin_mem)
+    options = dict(num_workers=args.num_workers, pin_memory=args.pin_mem, channels_last=args.channels_last)
     shares = (utils.world_size(), utils.rank()) if args.dist_eval else (1, 0)
     loader_val = build_loader(dataset_val, EvalSampler(dataset_val, *shares), int(1.5 * args.batch_size), device,
                               **options)
@@ -272,6 +274,11 @@ def build_model(args, num_classes):
     if args.input_size % patch_size:
         raise InputError(f'--input-size {args.input_size} is no multiple of the patch size {patch_size}')
     return model
+
+
+def runnable(args, model, device):
+    """The model as the run calls it: compiled where --compile asks for it."""
+    return utils.CompiledModel(model, device) if args.compile else model
 
 
 def build_criterion(args, num_classes, device):
@@ -403,7 +410,8 @@ def read_resume(args):
 
 def test_accuracy(args, model, loader, device, name='network', sharded=None):
     """Evaluate, and print the figure that everybody looks for; → dict of `engine.evaluate`."""
-    stats = evaluate(model, loader, device=device, amp_dtype=choose_amp_dtype(args.amp_dtype, device),
+    stats = evaluate(runnable(args, model, device), loader, device=device,
+                     amp_dtype=choose_amp_dtype(args.amp_dtype, device),
                      sharded=args.dist_eval if sharded is None else sharded, print_freq=args.print_freq)
     log(f'Accuracy of the {name} on the {stats["images"]} test images: {stats["acc1"]:.2f}%')
     return stats
@@ -422,7 +430,8 @@ def run_evaluation(args, model, loader, device):
 def test_speed(args, model, device):
     """Print images/s and GMACs of the model, and write them to speed_macs.txt and log.txt in the output folder."""
     speed = throughput(model, args.input_size, batch_size=args.batch_size, device=device,
-                       amp_dtype=choose_amp_dtype(args.amp_dtype, device))
+                       amp_dtype=choose_amp_dtype(args.amp_dtype, device), compiled=args.compile,
+                       channels_last=args.channels_last)
     gmacs = macs(model, args.input_size)
     report = f'{args.model}: {speed}\n{args.model}: {gmacs:.3f} GMACs an image'
     log(report)
@@ -483,9 +492,9 @@ def train(args, training, loader_train, loader_val, num_classes, device):
         def keep_rate_of_step(step):
             return keep_rate_at(training.epoch * steps + step, steps, args.shrink_start_epoch, args.shrink_epochs,
                                 args.base_keep_rate)
-    parallel = model
+    parallel = runnable(args, model, device)
     if torch.distributed.is_initialized():
-        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+        parallel = DistributedDataParallel(parallel, device_ids=[device] if device.type == 'cuda' else None)
     output = RunOutput(args, training.epoch)
     start = time.perf_counter()
     if training.epoch >= args.epochs:
@@ -551,17 +560,18 @@ class RunOutput:
 
 def main(args):
     device = utils.init_process_group(args.device, args.dist_url, args.world_size)
-    torch.backends.cudnn.benchmark = True
+    utils.allow_fast_kernels(device)
     utils.seed_all(args.seed)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     if args.only_test_speed:
-        test_speed(args, build_model(args, num_classes=1000).to(device), device)
+        test_speed(args, build_model(args, num_classes=1000).to(device, memory_format=memory_format), device)
         return
     loader_train, loader_val = build_loaders(args, device)
     num_classes = len(loader_val.dataset.classes)
     model = build_model(args, num_classes)
     if args.finetune and not args.resume:
         load_finetune(model, args.finetune)
-    model.to(device)
+    model.to(device, memory_format=memory_format)
     log(describe(args, model, loader_train, loader_val, device))
     if args.test_speed:
         test_speed(args, model, device)

@@ -56,7 +56,8 @@ def reorganize_tokens(tokens, scores, k, fuse=False):
 def class_attention(q, k, scale):
     """Softmaxed attention of the class token's query to every token, averaged over heads (Eq. 2).
 
-    In float32 at least, whatever the precision around it, because it decides which tokens live.
+    In float32 at least, whatever the precision around it, because it decides which tokens live. For the same reason
+    it is no matrix product, which autocast or TF32 would round: one row makes none that is worth it.
 
     Args:
         q: (B, H, N, D), of which only row 0, the class token's, is read.
@@ -65,10 +66,8 @@ def class_attention(q, k, scale):
     Returns:
         (B, N); each row sums to 1.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        row = (q[:, :, :1].to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)          # (B, H, 1, N)
-        return row.softmax(dim=-1).mean(dim=1).squeeze(1)                              # (B, N)
+    query = q[:, :, :1].to(torch.promote_types(q.dtype, torch.float32)) * scale        # (B, H, 1, D)
+    return (query * k).sum(dim=-1).softmax(dim=-1).mean(dim=1)                         # (B, H, N) → (B, N)
 
 
 class ScoringAttention(Attention):
@@ -109,16 +108,17 @@ class EViTBlock(Block):
         self.fuse_token = False
         self.num_prefix_tokens = 1
 
-    def forward(self, x, keep_rate=None, get_idx=False):
+    def forward(self, x, keep_rate=None, tokens=None, get_idx=False):
         """(B, P + N, C) → (B, P + k [+ 1], C) with P protected tokens.
 
         Args:
             keep_rate: share of the N tokens to keep; the block's own rate if None.
+            tokens: their number k instead.
             get_idx: whether to return the kept positions (B, k) too, None where nothing was dropped.
         """
         num_tokens = x.shape[1] - self.num_prefix_tokens
-        k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate)
-        if k == num_tokens:
+        k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate) if tokens is None else tokens
+        if k >= num_tokens:
             x, idx = super().forward(x), None
         else:
             attn, scores = self.attn(self.norm1(x), return_scores=True)
@@ -156,20 +156,22 @@ class TokenReorganization:
             block.fuse_token = fuse_token
             block.num_prefix_tokens = self.num_prefix_tokens
 
-    def forward(self, x, keep_rate=None, get_idx=False):
+    def forward(self, x, keep_rate=None, tokens=None, get_idx=False):
         """Classify images.
 
         Args:
             x: images (B, 3, H, W).
             keep_rate: None for each block's own rate; a number for the `drop_loc` blocks (1 or more: nothing is
                 reorganised); or a rate for each of the `depth` blocks.
+            tokens: instead of a rate, how many tokens each of the `depth` blocks keeps, None for all (`token_counts`).
+                Of whole numbers a compiled model makes one graph, of rates a graph for each.
             get_idx: whether to return the kept positions too.
         Returns:
             logits (B, num_classes); with `get_idx`, (logits, [(B, k) of each reorganising block]), positions in
             that block's input without the protected tokens. Kept tokens stand in that order and a fused token
             last, so that the stages compose.
         """
-        x, kept = self.forward_tokens(x, keep_rate)
+        x, kept = self.forward_tokens(x, keep_rate, tokens)
         logits = self.forward_head(x)
         return (logits, kept) if get_idx else logits
 
@@ -177,14 +179,15 @@ class TokenReorganization:
         """Images (B, 3, H, W) → the normalised tokens that are left (B, P + n, C)."""
         return self.forward_tokens(x, keep_rate)[0]
 
-    def forward_tokens(self, x, keep_rate=None):
+    def forward_tokens(self, x, keep_rate=None, tokens=None):
         """Images (B, 3, H, W) → tokens (B, P + n, C), [kept positions (B, k) of each reorganising block]."""
         x = self._pos_embed(self.patch_embed(x))                                       # (B, P + N, C)
         x = self.norm_pre(self.patch_drop(x))
         kept = []
-        for block, rate in zip(self.blocks, self.block_keep_rates(keep_rate)):
+        rates = self.block_keep_rates(keep_rate if tokens is None else 1.)
+        for block, rate, k in zip(self.blocks, rates, tokens or len(rates) * [None], strict=True):
             run = partial(checkpoint, block) if self.grad_checkpointing else block
-            x, idx = run(x, rate, True)
+            x, idx = run(x, rate, k, True)
             if idx is not None:
                 kept.append(idx)
         return self.norm(x), kept
@@ -204,6 +207,18 @@ class TokenReorganization:
         if len(keep_rate) != len(self.blocks) or not all(rate > 0 for rate in keep_rate):
             raise ValueError(f'keep_rate must be above 0, one number or one for each of {len(self.blocks)} blocks')
         return keep_rate
+
+    def token_counts(self, keep_rate=None):
+        """How many tokens each block keeps of an image of the model's size, as `tokens` of `forward` takes them.
+
+        `keep_rate` as in `forward`; None where a block keeps all.
+        """
+        counts, num_tokens = [], self.patch_embed.num_patches
+        for block, rate in zip(self.blocks, self.block_keep_rates(keep_rate)):
+            k = num_kept(num_tokens, rate)
+            counts.append(k if k < num_tokens else None)
+            num_tokens = k + (block.fuse_token and k < num_tokens)
+        return tuple(counts)
 
     def set_input_size(self, img_size=None, patch_size=None):
         """timm's, but for the position embedding, which is resized as at load (`resize_pos_embed`)."""

@@ -21,7 +21,7 @@ else
     recipe=(--model deit_tiny_patch16_shrink_base --base_keep_rate 0.7 --fuse_token
         --data-set DIGITS --input-size 48 --batch-size 64 --num_workers 1 --eval-interval 2
         --epochs 22 --warmup-epochs 0 --shrink_start_epoch 0 --shrink_epochs 0
-        --lr 8e-3 --clip-grad 1 --drop-path 0 --no-model-ema
+        --lr 4e-3 --clip-grad 1 --drop-path 0 --no-model-ema
         --mixup 0 --cutmix 0 --aa '' --color-jitter 0 --reprob 0 --no-repeated-aug)
 fi
 exec "${launch[@]}" "$main" "${recipe[@]}" --output_dir "$logdir" "$@"

@@ -5,7 +5,8 @@
     ours, theirs = paired_throughput([a, b])      # windows in turn, so that ours.ratio_to(theirs) holds
     macs(model), peak_memory(model, speed.protocol)
 
-All of it is for any timm model. From the command line, models are compared in one process, a row each::
+All of it is for any timm model. From the command line, models are compared in one process, a row each; without
+--models those of the paper's Figure 4::
 
     python speed_test.py --models deit_small_patch16_shrink_base@0.7 deit_small_patch16_224
 
@@ -14,14 +15,17 @@ and so is the input pipeline, with the usual one beside it::
     python speed_test.py --loader --data-path /path/to/imagenet
 """
 import argparse
+import copy
 import csv
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -31,11 +35,15 @@ from typing import Callable, NamedTuple
 import PIL
 import timm
 import torch
+import torch._dynamo.config
+import torch._inductor.config
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.layers import to_2tuple
+from timm.utils import ModelEmaV3
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +54,7 @@ from datasets import SeededDataset, build_dataset, build_loader
 from folder2lmdb import ImageFolderLMDB
 from models_evit import VARIANTS
 from samplers import EvalSampler, TrainSampler
-from utils import ArgumentParser, InputError, one_line
+from utils import ArgumentParser, CompiledModel, InputError, allow_fast_kernels, one_line
 
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError.
 FAILURES = (AssertionError, RuntimeError, TypeError, ValueError)
@@ -68,18 +76,21 @@ class Protocol:
     """What is measured and how; its str() is the line that belongs beside every figure.
 
     Args:
-        input_size: side of the square images, pixels.
-        batch_size: images in a batch.
+        input_size: side of the square images, pixels; None for each model's own.
+        batch_size: images in a batch; None for as many as fit.
         device: a torch.device, the one that the models are on.
         amp_dtype: precision of autocast; torch.float32 for none.
         keep_rate: passed to the model if not None.
         windows: number of windows timed.
         window_seconds: least duration of a window and of the warm-up before the first.
-        compiled: by torch.compile, as one graph; on a GPU replayed as a CUDA graph.
+        compiled: by torch.compile, as one graph; a pass without gradients with constant weights on a CPU, and replayed
+            as a CUDA graph on a GPU.
         gradients: record what a backward pass would need, instead of running in inference mode.
+        train: measure a whole training step in train mode, forward, backward, AdamW and the weights' moving average.
+        channels_last: memory format of images and weights.
     """
-    input_size: int
-    batch_size: int
+    input_size: int | None
+    batch_size: int | None
     device: torch.device
     amp_dtype: torch.dtype
     keep_rate: float | None
@@ -87,6 +98,12 @@ class Protocol:
     window_seconds: float
     compiled: bool = False
     gradients: bool = False
+    train: bool = False
+    channels_last: bool = False
+
+    @property
+    def memory_format(self):
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def dtype(self):
@@ -95,17 +112,21 @@ class Protocol:
 
     def __str__(self):
         rate = '' if self.keep_rate is None else f', keep rate {self.keep_rate}'
-        mode = 'with gradients' if self.gradients else 'inference mode'
-        return (f'batch {self.batch_size} of {self.input_size}×{self.input_size}, {self.dtype}{rate}, '
+        mode = 'eval mode with gradients' if self.gradients else 'inference mode, eval mode'
+        if self.train:
+            mode = 'whole training steps (forward, backward, AdamW, EMA)'
+        layout = ', channels last' if self.channels_last else ''
+        size = "each model's own input size" if self.input_size is None else f'{self.input_size}×{self.input_size}'
+        return (f'batch {self.batch_size or "as large as fits"} of {size}, {self.dtype}{rate}{layout}, '
                 f'{"compiled" if self.compiled else "eager"}, {device_name(self.device)}, torch {torch.__version__}; '
-                f'{mode}, eval mode, after warm-up, synchronised, median [min–max] of {self.windows} windows of at '
-                f'least {self.window_seconds:g} s')
+                f'{mode}, after warm-up, synchronised, median [min–max] of {self.windows} windows of at least '
+                f'{self.window_seconds:g} s')
 
     def images(self, seed=0):
         """A random batch (B, 3, S, S), drawn without touching the random state of the process."""
         generator = torch.Generator(self.device).manual_seed(seed)
         shape = self.batch_size, 3, self.input_size, self.input_size
-        return torch.randn(shape, generator=generator, device=self.device)
+        return torch.randn(shape, generator=generator, device=self.device).contiguous(memory_format=self.memory_format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +156,7 @@ class Throughput:
         return f'{self.median:.1f} [{self.min:.1f}–{self.max:.1f}]'
 
     def __str__(self):
-        return f'{self.median:.1f} images/s [{self.min:.1f}–{self.max:.1f}]; {self.protocol}'
+        return f'{self.span} images/s; {self.protocol}'
 
 
 @contextmanager
@@ -156,37 +177,81 @@ def classify(model, images, keep_rate=None):
     return model(images) if keep_rate is None else model(images, keep_rate=keep_rate)
 
 
+def autocast(protocol):
+    return torch.autocast(protocol.device.type, protocol.amp_dtype, enabled=protocol.amp_dtype != torch.float32)
+
+
 def forward(model, images, protocol):
-    """The pass that is measured, autocast as an evaluation enters it: anew for each batch."""
-    with (torch.inference_mode(not protocol.gradients),
-          torch.autocast(protocol.device.type, protocol.amp_dtype, enabled=protocol.amp_dtype != torch.float32)):
+    """A pass in eval mode → logits; autocast as an evaluation enters it, anew for each batch."""
+    with torch.inference_mode(not protocol.gradients), autocast(protocol):
         return classify(model, images, protocol.keep_rate)
+
+
+def compile_forward(model, protocol):
+    """The model by torch.compile, as one graph, for `forward`; a CUDA graph where it needs no gradients."""
+    if protocol.device.type == 'cpu':
+        model = copy.deepcopy(model)                   # its weights become constants, of which later code must not hear
+    replay = protocol.device.type == 'cuda' and not protocol.gradients
+    return torch.compile(model, fullgraph=True, dynamic=False, mode='reduce-overhead' if replay else None)
+
+
+def training_step(model, protocol):
+    """A function that trains a model, put into train mode, on the same batch again."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.05, fused=True)
+    scaler = torch.amp.GradScaler(protocol.device.type, enabled=protocol.amp_dtype == torch.float16)
+    model_ema = ModelEmaV3(model, decay=0.99996)
+    images = protocol.images()
+    with torch.no_grad(), eval_mode(model):
+        num_classes = classify(model, images[:1], protocol.keep_rate).shape[1]
+    labels = torch.arange(protocol.batch_size, device=protocol.device) % num_classes
+    model.train()
+    run = CompiledModel(model, protocol.device) if protocol.compiled else model
+
+    def step():
+        with autocast(protocol):
+            loss = F.cross_entropy(classify(run, images, protocol.keep_rate), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model_ema.update(model)
+
+    return step
 
 
 def check_real(model, protocol):
     """ValueError unless the logits of a batch are finite and depend on the images."""
     with eval_mode(model):
-        first, second = (forward(model, protocol.images(seed), protocol) for seed in (0, 1))
+        first, second = (forward(model, protocol.images(seed), protocol).clone() for seed in (0, 1))
     if not first.isfinite().all():
         raise ValueError('the output is not finite')
     if torch.equal(first, second):
         raise ValueError('the output does not depend on the input')
 
 
-def stopwatch(model, protocol):
-    """Check a model, in eval mode already, and warm it up; returns a function that times one window, in images/s."""
-    if protocol.compiled:
-        mode = 'reduce-overhead' if protocol.device.type == 'cuda' else None
-        model = torch.compile(model, fullgraph=True, mode=mode)
-    check_real(model, protocol)
-    images = protocol.images()
+def measured_pass(model, protocol):
+    """The function that the protocol measures, ready to run: the model is checked, and compiled if it is to be."""
+    # Models of one class share the graphs' table, in which each may need a place
+    with (torch._dynamo.config.patch(recompile_limit=1000),
+          torch._inductor.config.patch(freezing=protocol.device.type == 'cpu')):
+        if protocol.train:
+            check_real(model, protocol)
+            step = training_step(model, protocol)
+            step()
+            return step
+        model = compile_forward(model, protocol) if protocol.compiled else model
+        check_real(model, protocol)
+    return functools.partial(forward, model, protocol.images(), protocol)
 
+
+def stopwatch(run, protocol):
+    """Warm a pass up; returns a function that times one window of it, in images/s."""
     def window(burst):
         synchronize(protocol.device)
         start = time.perf_counter()
         for passes in itertools.count(burst, burst):
             for _ in range(burst):
-                forward(model, images, protocol)
+                run()
             synchronize(protocol.device)
             seconds = time.perf_counter() - start
             if seconds >= protocol.window_seconds:
@@ -197,6 +262,14 @@ def stopwatch(model, protocol):
     return functools.partial(window, max(1, int(passes_per_second * protocol.window_seconds / 8)))
 
 
+def matrix_product(protocol):
+    """A product of square matrices in the protocol's precision, as fast as it gets: (a pass, its GMACs)."""
+    size = 8192 if protocol.device.type == 'cuda' else 2048
+    a = torch.randn(size, size, device=protocol.device, dtype=protocol.amp_dtype)
+    out = torch.empty_like(a)
+    return functools.partial(torch.mm, a, a.t(), out=out), size ** 3 / 1e9
+
+
 def time_in_turn(stopwatches, protocols):
     """Time a window of each, then the next of each, and so on; returns a Throughput for each."""
     rounds = [[window() for window in stopwatches] for _ in range(max((p.windows for p in protocols), default=0))]
@@ -204,11 +277,11 @@ def time_in_turn(stopwatches, protocols):
 
 
 def paired_throughput(models, input_size=224, batch_size=16, device=None, amp_dtype=torch.float32, keep_rate=None,
-                      windows=5, window_seconds=1., compiled=False):
+                      windows=5, window_seconds=1., compiled=False, train=False, channels_last=False):
     """Images/s of several models, their windows in turn (A B A B …): what slows the machine down slows all of them.
 
     Args:
-        models: on `device`, in any mode, which they have again afterwards.
+        models: on `device`, in any mode, which they have again afterwards; `train` trains them.
         device: the first model's if None.
         others: see Protocol.
     Returns:
@@ -217,9 +290,11 @@ def paired_throughput(models, input_size=224, batch_size=16, device=None, amp_dt
         ValueError: an output is not finite, or does not depend on the input.
     """
     device = torch.device(device or next(models[0].parameters()).device)
-    protocol = Protocol(input_size, batch_size, device, amp_dtype, keep_rate, windows, window_seconds, compiled)
+    protocol = Protocol(input_size, batch_size, device, amp_dtype, keep_rate, windows, window_seconds, compiled,
+                        train=train, channels_last=channels_last)
     with eval_mode(*models):
-        return time_in_turn([stopwatch(model, protocol) for model in models], len(models) * [protocol])
+        return time_in_turn([stopwatch(measured_pass(model, protocol), protocol) for model in models],
+                            len(models) * [protocol])
 
 
 def throughput(model, input_size=224, **settings):
@@ -247,7 +322,7 @@ def peak_memory(model, protocol):
     before = torch.cuda.memory_allocated(protocol.device)
     torch.cuda.reset_peak_memory_stats(protocol.device)
     with eval_mode(model):
-        forward(model, protocol.images(), protocol)
+        measured_pass(model, protocol)()
     allocated = torch.cuda.max_memory_allocated(protocol.device) - before
     return (allocated + sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers()))) / 2**20
 
@@ -304,64 +379,150 @@ class PlainEViT(nn.Module):
         return torch.cat([tokens[:, :k], (weights * tokens[:, k:]).sum(dim=1, keepdim=True)], dim=1)
 
 
-def build_model(name, keep_rate, input_size, fuse_token):
-    """Create a model with random weights in eval mode; `fuse_token` is for an EViT, as is `keep_rate` if not None."""
+# --- The comparison of models -----------------------------------------------------------------------------------------
+
+class Candidate(NamedTuple):
+    """A model to measure: timm's name, the base keep rate of an EViT, pixels a side; None for the model's own."""
+    name: str
+    keep_rate: float | None = None
+    input_size: int | None = None
+
+    def __str__(self):
+        return self.name if self.keep_rate is None else f'{self.name}@{self.keep_rate:g}'
+
+
+class Reported(NamedTuple):
+    """Top-1 accuracy on ImageNet-1k, percent, at an input size, trained on ImageNet-1k alone, as the source reports."""
+    top1: float
+    source: str
+    input_size: int = 224
+
+
+EVIT_SMALL = 'deit_small_patch16_shrink_base'
+REPORTED = {
+    **{Candidate(EVIT_SMALL, rate): Reported(top1, 'EViT, arXiv:2202.07800') for rate, top1 in (
+        (0.5, 78.5), (0.6, 78.9), (0.7, 79.5), (0.8, 79.8), (0.9, 79.8))},                     # fused
+    Candidate('deit_base_patch16_224'): Reported(81.8, 'DeiT, arXiv:2012.12877'),
+    Candidate('swin_tiny_patch4_window7_224'): Reported(81.3, 'Swin, arXiv:2103.14030'),
+    Candidate('swin_small_patch4_window7_224'): Reported(83.0, 'Swin, arXiv:2103.14030'),
+    Candidate('tnt_s_patch16_224'): Reported(81.5, 'TNT, arXiv:2103.00112'),
+    Candidate('twins_pcpvt_small'): Reported(81.2, 'Twins, arXiv:2104.13840'),
+    Candidate('twins_svt_small'): Reported(81.7, 'Twins, arXiv:2104.13840'),
+    Candidate('visformer_small'): Reported(82.2, 'Visformer, arXiv:2104.12533'),
+    Candidate('cait_xxs24_224'): Reported(77.6, 'CaiT, arXiv:2103.17239'),
+    Candidate('coat_lite_small'): Reported(81.9, 'CoaT, arXiv:2104.06399'),
+    Candidate('convit_small'): Reported(81.3, 'ConViT, arXiv:2103.10697'),
+    Candidate('nfnet_f0'): Reported(83.6, 'NFNet, arXiv:2102.06171', 256),
+    Candidate('efficientnet_b0'): Reported(77.1, 'EfficientNet, arXiv:1905.11946'),
+    Candidate('efficientnet_b1'): Reported(79.1, 'EfficientNet, arXiv:1905.11946', 240),
+    Candidate('efficientnet_b2'): Reported(80.1, 'EfficientNet, arXiv:1905.11946', 260),
+    Candidate('pvt_v2_b1'): Reported(78.7, 'PVTv2, arXiv:2106.13797'),
+    Candidate('pvt_v2_b2'): Reported(82.0, 'PVTv2, arXiv:2106.13797'),
+    Candidate('deit_small_patch16_224'): Reported(79.8, 'DeiT, arXiv:2012.12877'),             # ratios are to the last
+}
+# The backbones of the paper's Figure 4. We have no reported accuracy of the EViTs at higher resolution.
+FIGURE_4 = [Candidate(EVIT_SMALL, 0.8, 256), Candidate('deit_small_patch16_272_shrink'),
+            Candidate('deit_small_patch16_288_shrink06'), Candidate('deit_small_patch16_304_shrink05'), *REPORTED]
+
+
+def reported(candidate, fuse_token):
+    """What was reported of a candidate at the size that it is measured at, or None."""
+    found = REPORTED.get(candidate._replace(input_size=None))
+    fits = found and candidate.input_size in (None, found.input_size) and (fuse_token or candidate.keep_rate is None)
+    return found if fits else None
+
+
+def own_input_size(candidate, fuse_token):
+    """Pixels a side at which the accuracy of a candidate was reported, else those that timm gives for it."""
+    found = reported(candidate, fuse_token)
+    return found.input_size if found else timm.get_pretrained_cfg(candidate.name).input_size[-1]
+
+
+def build_model(candidate, fuse_token):
+    """Create a model with random weights in eval mode; `fuse_token` is for an EViT."""
+    name, keep_rate, input_size = candidate
     return timm.create_model(                                                          # which ignores what is None
         name, img_size=input_size if has_fixed_input_size(name) else None, base_keep_rate=keep_rate,
         fuse_token=fuse_token if name in VARIANTS else None).eval()
 
 
-def prepare(name, keep_rate, protocol, fuse_token, plain=False):
+def largest_batch(model, protocol):
+    """The largest power of two of images, at most 4096, that the GPU has memory for; tried without compiling."""
+    fits = 1
+    for batch_size in (2 ** i for i in range(1, 13)):
+        try:
+            peak_memory(model, dataclasses.replace(protocol, batch_size=batch_size, compiled=False))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        fits = batch_size
+    return fits
+
+
+def prepare(candidate, protocol, fuse_token, plain=False):
     """Build and warm up a model; returns its stopwatch, and what is known of it without the clock, as a dict."""
-    model = build_model(name, keep_rate, protocol.input_size, fuse_token).to(protocol.device)
+    model = build_model(candidate, fuse_token).to(protocol.device, memory_format=protocol.memory_format)
     if plain:
         model = PlainEViT(model).eval()
-    watch = stopwatch(model, protocol)
-    return watch, {'gmacs': macs(model, protocol.input_size),
-                   'mparams': sum(p.numel() for p in model.parameters()) / 1e6,
-                   'memory_mib': peak_memory(model, protocol)}
+    if protocol.batch_size is None:
+        protocol = dataclasses.replace(protocol, batch_size=largest_batch(model, protocol))
+    facts = {'protocol': protocol, 'gmacs': macs(model, protocol.input_size),
+             'mparams': sum(p.numel() for p in model.parameters()) / 1e6, 'memory_mib': peak_memory(model, protocol)}
+    return stopwatch(measured_pass(model, protocol), protocol), facts
 
 
-def planned_rows(specs, protocol, reference):
-    """(name, keep rate, label, protocol, plain) of each row: the models, and with `reference` the plain EViTs too.
+def planned_rows(candidates, protocol, reference):
+    """(candidate, label, protocol, plain) of each row: the models, and with `reference` the plain EViTs too.
 
     The plain one is measured as the original was, in float32 with gradients on; and if that is not ours, by our
     protocol, but eager.
     """
-    for name, rate in specs:
-        yield name, rate, name if rate is None else f'{name}@{rate:g}', protocol, False
-    original = dataclasses.replace(protocol, amp_dtype=torch.float32, compiled=False, gradients=True)
+    for candidate in candidates:
+        yield candidate, str(candidate), protocol, False
     alike = dataclasses.replace(protocol, compiled=False)
-    for name, rate in specs if reference else ():
-        if name in VARIANTS:
-            label = 'plain' if rate is None else f'plain@{rate:g}'
-            yield name, rate, f'{label}, {alike.dtype}', alike, True
-            yield name, rate, f'{label}, float32, gradients on', original, True
+    original = dataclasses.replace(alike, amp_dtype=torch.float32, gradients=True)
+    for candidate in candidates if reference else ():
+        if candidate.name in VARIANTS:
+            label = str(candidate).replace(candidate.name, 'plain')
+            yield candidate, f'{label}, {alike.dtype}', alike, True
+            if original != alike and not (protocol.train and alike.amp_dtype == torch.float32):
+                yield candidate, f'{label}, float32{"" if protocol.train else ", gradients on"}', original, True
 
 
-def compare(specs, protocol, fuse_token, reference=False):
+def compare(candidates, protocol, fuse_token, reference=False):
     """Measure models in turn.
 
     Args:
-        specs: (name, keep rate or None) of each model.
+        candidates: a Candidate for each model.
+        protocol: where `input_size` is None, each model has its own; where `batch_size` is, the largest that fits.
         reference: measure the plain way of each EViT beside it.
     Returns:
-        for each row a dict of what was measured, or with only `model` and `failure`.
+        for each row a dict of what was measured, or without `speed`, but with `failure`. `share` is that of a large
+        matrix product's rate, in the protocol's precision, which a training step counts three times its GMACs for.
     """
-    rows, stopwatches, protocols = [], [], []
-    for name, rate, label, settings, plain in planned_rows(specs, protocol, reference):
-        rows.append({'model': label, 'protocol': settings})
+    rows, stopwatches = [], []
+    for candidate, label, settings, plain in planned_rows(candidates, protocol, reference):
+        size = candidate.input_size or settings.input_size or own_input_size(candidate, fuse_token)
+        candidate = candidate._replace(input_size=size)
+        settings = dataclasses.replace(settings, input_size=size)
+        found = reported(candidate, fuse_token)
+        rows.append({'model': label, 'protocol': settings, 'input_size': size, 'top1': found and found.top1,
+                     'source': found and found.source})
         try:
-            watch, facts = prepare(name, rate, settings, fuse_token, plain)
+            watch, facts = prepare(candidate, settings, fuse_token, plain)
         except FAILURES as failure:
             rows[-1]['failure'] = ' '.join(f'{type(failure).__name__}: {failure}'.split())
         else:
             rows[-1].update(facts)
             stopwatches.append(watch)
-            protocols.append(settings)
-    speeds = time_in_turn(stopwatches, protocols)
-    for row, speed in zip([row for row in rows if 'failure' not in row], speeds, strict=True):
+    measured = [row for row in rows if 'failure' not in row]
+    product, product_gmacs = matrix_product(protocol)
+    one = dataclasses.replace(protocol, batch_size=1)
+    *speeds, products = time_in_turn([*stopwatches, stopwatch(product, one)],
+                                     [*(row['protocol'] for row in measured), one])
+    for row, speed in zip(measured, speeds, strict=True):
         row['speed'] = speed
+        row['share'] = speed.ratio_to(products) * row['gmacs'] * (3 if protocol.train else 1) / product_gmacs
         if 'failure' not in rows[-1]:
             row['ratio'] = speed.ratio_to(speeds[-1])
     return rows
@@ -370,20 +531,23 @@ def compare(specs, protocol, fuse_token, reference=False):
 def format_table(rows):
     """The rows of `compare` as lines of text; ratios are to the last model."""
     width = max(len(row['model']) for row in rows)
-    yield f'{"model":{width}} {"images/s [min–max]":>28} {"ratio":>6} {"GMACs":>8} {"params/M":>8} {"memory/MiB":>10}'
+    yield (f'{"model":{width}} {"input":>5} {"batch":>5} {"images/s [min–max]":>28} {"ratio":>6} {"GMACs":>7} '
+           f'{"params/M":>8} {"memory/MiB":>10} {"% of matmul":>11} {"top-1":>5}')
     for row in rows:
         if 'failure' in row:
             yield f'{row["model"]:{width}} failed: {row["failure"]}'
             continue
         ratio = f'{row["ratio"]:.3f}' if 'ratio' in row else '–'
         memory = '–' if row['memory_mib'] is None else f'{row["memory_mib"]:.0f}'
-        yield (f'{row["model"]:{width}} {row["speed"].span:>28} {ratio:>6} {row["gmacs"]:8.3f} {row["mparams"]:8.2f} '
-               f'{memory:>10}')
+        yield (f'{row["model"]:{width}} {row["input_size"]:5} {row["protocol"].batch_size:5} {row["speed"].span:>28} '
+               f'{ratio:>6} {row["gmacs"]:7.3f} {row["mparams"]:8.2f} {memory:>10} {100 * row["share"]:11.1f} '
+               f'{row["top1"] or "–":>5}')
 
 
 def write_csv(path, rows):
     """Write the rows of `compare`, each with its protocol, under a header line."""
-    columns = ['model', 'median', 'min', 'max', 'ratio', 'gmacs', 'mparams', 'memory_mib', 'failure', 'protocol']
+    columns = ['model', 'input_size', 'median', 'min', 'max', 'ratio', 'gmacs', 'mparams', 'memory_mib', 'share',
+               'top1', 'source', 'failure', 'protocol']
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, columns, extrasaction='ignore')                  # of the Throughput, its figures
         writer.writeheader()
@@ -391,6 +555,33 @@ def write_csv(path, rows):
             speed = row.get('speed')
             figures = {'median': speed.median, 'min': speed.min, 'max': speed.max} if speed else {}
             writer.writerow({**row, **figures})
+
+
+def plot(path, rows, title):
+    """Draw images/s against the top-1 accuracy that was reported, of the rows that have both, as a PNG."""
+    import matplotlib                                                                  # nothing else needs it
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout='constrained')
+    rows = [row for row in rows if 'speed' in row and row['top1']]
+    evits = sorted((row['speed'].median, row['top1'], row['model']) for row in rows if '@' in row['model'])
+    others = [(row['speed'].median, row['top1'], row['model']) for row in rows if '@' not in row['model']]
+    for points, line, name in ((evits, 'o-', 'EViT-DeiT-S at keep rates 0.5 to 0.9'), (others, 's', 'other models')):
+        if points:
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], line, label=name)
+    for x, y, model in evits + others:
+        axes.annotate(model.removeprefix(f'{EVIT_SMALL}@'), (x, y), xytext=(4, 4), textcoords='offset points',
+                      fontsize=8)
+    axes.set(xscale='log', xlabel='images/s', ylabel='ImageNet top-1, %, as reported by the papers')
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter('{x:g}')
+    axes.margins(x=0.15)
+    axes.set_title(textwrap.fill(title, 110), fontsize=8)
+    axes.grid(alpha=0.3)
+    if rows:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 # --- The input pipeline ---------------------------------------------------------------------------------------------
@@ -575,22 +766,23 @@ def measure_loading(data_path, protocol):
         print(f'{pipeline.name:{width}} {", ".join(f"{name} {time:.2f}" for name, time in times.items())}')
 
 
-def model_spec(text):
-    """'NAME' or 'NAME@RATE' → (name, keep rate or None)."""
+def candidate(text):
+    """'NAME', 'NAME@RATE', 'NAME:SIZE' or 'NAME@RATE:SIZE' → Candidate."""
+    text, colon, size = text.partition(':')
     name, at, rate = text.partition('@')
     if name not in timm.list_models() + timm.list_pretrained():
         raise argparse.ArgumentTypeError(f'unknown model {name!r}')
-    if not at:
-        return name, None
-    if name not in VARIANTS:
+    if at and name not in VARIANTS:
         raise argparse.ArgumentTypeError(f'{name} has no keep rate')
+    if colon and not (size.isdecimal() and int(size)):
+        raise argparse.ArgumentTypeError(f'the input size must be a number of pixels, not {size!r}')
     try:
-        keep_rate = float(rate)
+        keep_rate = float(rate) if at else None
     except ValueError:
         keep_rate = math.nan
-    if not 0 < keep_rate <= 1:
+    if at and not 0 < keep_rate <= 1:
         raise argparse.ArgumentTypeError(f'the keep rate must be a number in (0, 1], not {rate!r}')
-    return name, keep_rate
+    return Candidate(name, keep_rate, int(size) if colon else None)
 
 
 def positive(number):
@@ -605,6 +797,11 @@ def positive(number):
     return parse
 
 
+def batch_size(text):
+    """A positive number, or None for 'auto'."""
+    return None if text == 'auto' else positive(int)(text)
+
+
 def patch_size(name):
     """(height, width) of the patches that a model cuts a fixed input into, (1, 1) where timm does not tell."""
     if not has_fixed_input_size(name):
@@ -617,58 +814,74 @@ def patch_size(name):
 def parse_args(argv=None):
     parser = ArgumentParser(description='Throughput, MACs, parameters and peak memory of models, in turn; or images/s '
                                         'of the input pipeline.')
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--models', nargs='+', type=model_spec, metavar='NAME[@RATE]',
-                      help='timm names, those of models_evit.py included; @RATE sets the base keep rate of an EViT')
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument('--models', nargs='+', type=candidate, metavar='NAME[@RATE][:SIZE]', default=FIGURE_4,
+                      help='timm names, those of models_evit.py included; @RATE sets the base keep rate of an EViT, '
+                           ":SIZE the input size; without, the models of the paper's Figure 4")
     what.add_argument('--loader', action='store_true', help='measure the input pipeline on the images of --data-path')
     parser.add_argument('--data-path', help='folder of train/ and val/, or of train.lmdb and val.lmdb, or of both')
     parser.add_argument('--num-workers', type=positive(int), default=min(10, os.cpu_count()),
                         help='processes that load images (default: %(default)s)')
-    parser.add_argument('--input-size', type=positive(int), default=224)
-    parser.add_argument('--batch-size', type=positive(int), default=16)
+    parser.add_argument('--input-size', type=positive(int),
+                        help="pixels, for all models; without, each model's own, and 224 for --loader")
+    parser.add_argument('--batch-size', type=batch_size, default=16,
+                        help='a number, or auto: the largest power of two that the GPU has memory for')
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto')
     parser.add_argument('--amp-dtype', choices=['float32', 'bfloat16', 'float16'], default='float32')
     parser.add_argument('--fuse-token', action=argparse.BooleanOptionalAction, default=True,
                         help='let an EViT fuse the tokens that it does not keep')
     parser.add_argument('--compile', action='store_true', help='measure compiled models')
+    parser.add_argument('--channels-last', action='store_true', help='lay images and weights out pixel by pixel')
+    parser.add_argument('--train', action='store_true', help='measure a whole training step')
     parser.add_argument('--reference', action='store_true',
                         help='measure beside each EViT one that is written the plain way')
     parser.add_argument('--windows', type=positive(int), default=5)
     parser.add_argument('--window-seconds', type=positive(float), default=1.)
-    parser.add_argument('--csv', type=Path, metavar='FILE')
+    parser.add_argument('--csv', type=Path, metavar='FILE', help='write the table there')
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='draw images/s against reported accuracy there')
     args = parser.parse_args(argv)
     if args.loader != (args.data_path is not None):
         parser.error('--loader needs --data-path, and --data-path needs --loader')
-    if args.loader and args.csv:
-        parser.error('--csv goes with --models')
-    for name, _ in args.models or ():
-        if any(args.input_size % side for side in patch_size(name)):
-            parser.error(f'the input size {args.input_size} is no multiple of the patch size {patch_size(name)} '
-                         f'of {name}')
+    if args.loader and (args.csv or args.plot or args.batch_size is None):
+        parser.error('--csv, --plot and --batch-size auto go with --models')
+    for model in () if args.loader else args.models:
+        size = args.input_size or model.input_size
+        if size and any(size % side for side in patch_size(model.name)):
+            parser.error(f'the input size {size} is no multiple of the patch size {patch_size(model.name)} '
+                         f'of {model.name}')
+    if args.device == 'auto':
+        args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('no CUDA device is available')
-    if args.csv and not args.csv.parent.is_dir():
-        parser.error(f'there is no folder {args.csv.parent}')
+    if args.device == 'cpu' and args.batch_size is None:
+        parser.error('--batch-size auto fills the memory of a GPU; on a CPU, give a number')
+    for file in (args.csv, args.plot):
+        if file and not file.parent.is_dir():
+            parser.error(f'there is no folder {file.parent}')
+    if args.plot and not importlib.util.find_spec('matplotlib'):
+        parser.error('--plot needs matplotlib: pip install matplotlib')
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.device == 'auto':
-        device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    else:
-        device = torch.device(args.device)
+    device = torch.device(args.device)
+    allow_fast_kernels(device)
     if args.loader:
-        measure_loading(args.data_path, LoadingProtocol(args.input_size, args.batch_size, device, args.num_workers,
-                                                        args.windows, args.window_seconds))
+        measure_loading(args.data_path, LoadingProtocol(args.input_size or 224, args.batch_size, device,
+                                                        args.num_workers, args.windows, args.window_seconds))
         return
-    protocol = Protocol(args.input_size, args.batch_size, device, getattr(torch, args.amp_dtype), None,
-                        args.windows, args.window_seconds, args.compile)
-    print(f'{protocol}; EViT with other tokens {"fused" if args.fuse_token else "dropped"}', flush=True)
-    rows = compare(args.models, protocol, args.fuse_token, args.reference)
+    candidates = [model._replace(input_size=args.input_size or model.input_size) for model in args.models]
+    protocol = Protocol(args.input_size, args.batch_size, device, getattr(torch, args.amp_dtype), None, args.windows,
+                        args.window_seconds, args.compile, train=args.train, channels_last=args.channels_last)
+    title = f'{protocol}; EViT with other tokens {"fused" if args.fuse_token else "dropped"}'
+    print(title, flush=True)
+    rows = compare(candidates, protocol, args.fuse_token, args.reference)
     print(*format_table(rows), sep='\n')
     if args.csv:
         write_csv(args.csv, rows)
+    if args.plot:
+        plot(args.plot, rows, title)
 
 
 if __name__ == '__main__':

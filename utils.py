@@ -1,6 +1,7 @@
-"""What every entry point shares: user errors, random seeds, the process group, log lines, checkpoints."""
+"""What every entry point shares: user errors, random seeds, the process group, kernels, log lines, checkpoints."""
 import argparse
 import datetime
+import functools
 import math
 import os
 import random
@@ -10,6 +11,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 
 class InputError(Exception):
@@ -109,6 +111,49 @@ def all_reduce_sum(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+# --- Kernels --------------------------------------------------------------------------------------------------------
+
+def allow_fast_kernels(device):
+    """Let convolutions be tried out, and on a GPU, products of float32 matrices be of TF32, as when EViT was made."""
+    torch.backends.cudnn.benchmark = True
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
+
+
+class CompiledModel(nn.Module):
+    """A model by torch.compile, always as one graph.
+
+    Each shape of input has a graph of its own, which a GPU replays as a CUDA graph where it needs no gradients. (Those
+    must outlive the next pass where they are accumulated, and a training step is long beside its launches.)
+
+    While the keep rate of an EViT falls, from step to step, the numbers of tokens are variables of one more graph. They
+    are not rounded to a few that would each have a graph, so that training keeps as many tokens as it does without.
+
+    Args:
+        model: any model of timm; shared, not copied.
+        device: torch.device of the model.
+    """
+
+    def __init__(self, model, device):
+        super().__init__()
+        self.model, self.training = model, model.training
+        replay = 'reduce-overhead' if device.type == 'cuda' else None
+        compile_whole = functools.partial(torch.compile, model.forward, fullgraph=True)
+        self.train_graph = compile_whole(dynamic=False)
+        self.eval_graph = compile_whole(dynamic=False, mode=replay)
+        self.shrinking_graph = compile_whole()
+
+    def forward(self, images, keep_rate=None):
+        """As the model's; `keep_rate` is for an EViT."""
+        static = self.train_graph if torch.is_grad_enabled() else self.eval_graph
+        if keep_rate is None:
+            return static(images)
+        tokens = self.model.token_counts(keep_rate)
+        if tokens == self.model.token_counts():
+            return static(images)
+        return (self.shrinking_graph if any(tokens) else static)(images, tokens=tokens)
 
 
 # --- Log lines ------------------------------------------------------------------------------------------------------

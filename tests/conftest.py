@@ -78,6 +78,25 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """A list of the graphs that torch.compile makes, which then run as they are: a compiler's work takes minutes."""
+    from torch._dynamo.backends.debugging import aot_eager
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    def compile(function, mode=None, **options):
+        return torch_compile(function, backend=backend, **options)
+
+    torch.compiler.reset()
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', compile)
+    return graphs
+
+
 @pytest.fixture(scope='session')
 def image_folder(tmp_path_factory):
     """A tree of 3 classes, 24 training and 9 validation images, in which the colour tells the class."""

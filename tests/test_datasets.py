@@ -226,7 +226,7 @@ def test_validation_batches_are_those_of_the_plain_pipeline(num_workers, photos)
 
 
 def test_loaders_keep_their_workers_and_pin_for_a_gpu(monkeypatch):
-    monkeypatch.setattr('datasets.DeviceLoader', lambda loader, device: loader)
+    monkeypatch.setattr('datasets.DeviceLoader', lambda loader, *_: loader)
     dataset, cuda = Digits(False), torch.device('cuda')
     assert build_loader(dataset, None, 8, CPU, num_workers=1).persistent_workers
     assert [build_loader(dataset, None, 8, *options).pin_memory
@@ -242,6 +242,14 @@ def test_torch_decodes_for_the_fast_resize_alone(photos):
         if is_train:
             args = parse_args(['--data-path', str(photos), '--use-lmdb', *flags])
             assert build_dataset(True, args).decode is expected
+
+
+def test_channels_last_batches_hold_the_same_values():
+    loaders = [build_loader(Digits(False, build_transform(False, parse_args(['--input-size', '32']))), None, 8, CPU,
+                            channels_last=channels_last) for channels_last in (False, True)]
+    for (plain, _), (images, _) in zip(*loaders, strict=True):
+        assert torch.equal(images, plain)
+        assert plain.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_share_without_samples_gives_no_batch():

@@ -89,6 +89,17 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         train_epoch(Logits(3), loader)
 
 
+def test_a_weight_that_is_not_finite_stops_the_run():
+    """Where the last step's loss was still finite, and the state would be saved."""
+    class Overflowing(Logits):
+        def forward(self, x):
+            return x * torch.sqrt(self.scale - 1)                                      # the gradient at 0 is infinite
+
+    loader = DataLoader(TensorDataset(torch.ones(4, 3), torch.zeros(4, dtype=torch.long)), 4)
+    with pytest.raises(FloatingPointError, match=r'Epoch: \[0\].*weights that are not finite.*--lr'):
+        train_epoch(Overflowing(3), loader)
+
+
 def test_erasing_comes_first_and_is_drawn_from_the_step():
     """A constant, so that the learning of a step depends on nothing else; mixup sees what erasing made."""
     def run(seed):

@@ -471,3 +471,20 @@ def test_trains_on_a_gpu_in_bfloat16(tmp_path):
     done = run_main(*PLAIN, '--device', 'cuda', '--amp-dtype', 'bfloat16', '--epochs', '2', '--output_dir', tmp_path)
     assert 'on cuda, torch.bfloat16' in done.stdout and 'memory:' in done.stdout
     assert log_lines(tmp_path)[-1]['test_acc1'] > 20
+
+
+def test_compiled_and_channels_last_runs_are_those_of_an_eager_one(image_folder, tmp_path, compiled_graphs):
+    """Through epochs in which the rate falls, with the average, evaluations and a resumed run."""
+    flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '6', '--shrink_epochs', '2', '--drop-path', '0',
+             '--model-ema-decay', '0.5']
+    for name, changes in (('plain', []), ('compiled', ['--compile', '--channels-last', '--test-speed'])):
+        for epochs, resume in (('2', []), ('3', ['--resume', str(tmp_path / name / 'checkpoint.pth')])):
+            main.main(parse_args([*flags, *changes, '--epochs', epochs, *resume, '--output_dir', str(tmp_path / name)]))
+    plain, compiled = ([line for line in log_lines(tmp_path / name) if 'epoch' in line]
+                       for name in ('plain', 'compiled'))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        for key in ('train_loss', 'test_loss', 'test_ema_loss', 'train_keep_rate'):
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-3), key
+    assert 4 < len(compiled_graphs) < 12
+    assert 'compiled' in (tmp_path / 'compiled' / 'speed_macs.txt').read_text()
+    assert checkpoint(tmp_path / 'compiled')['model'].keys() == checkpoint(tmp_path / 'plain')['model'].keys()

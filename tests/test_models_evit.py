@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import models_evit
+import utils
 from conftest import reference, reference_images, reference_weights
+from datasets import Digits
+from engine import keep_rate_at
 from models_evit import VARIANTS, class_attention, num_kept, reorganize_tokens, resize_pos_embed
 from speed_test import PlainEViT
 
@@ -281,10 +284,151 @@ def counts_of(model, size):
     return [idx.shape[1] for idx in model(torch.zeros(1, 3, *size), get_idx=True)[1]]
 
 
+@pytest.mark.parametrize('options', [{}, {'fuse_token': True}, {'fuse_token': True, 'drop_loc': (0, 1, 2)}])
+def test_token_counts_are_those_of_the_rates(options):
+    model, images = tiny(patch_size=8, **options), torch.randn(2, 3, 64, 64)
+    for rate in (None, 1, 0.99, 0.983, 0.7, 0.31, [1, .5, .5, *8 * [1.], .3]):
+        tokens = model.token_counts(rate)
+        logits, kept = model(images, rate, get_idx=True)
+        assert [k for k in tokens if k is not None] == [idx.shape[1] for idx in kept]
+        assert torch.equal(model(images, tokens=tokens), logits)
+    assert model.token_counts(1) == 12 * (None,)
+
+
+# --- Compiled -------------------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize('keep_rate', [None, 0.5])
-def test_compiles_to_one_graph(keep_rate):
+def test_compiles_to_one_graph(keep_rate, compiled_graphs):
     model = tiny(fuse_token=True)
     images = torch.randn(2, 3, 64, 64)
-    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images, keep_rate=keep_rate), model(images, keep_rate=keep_rate))
+    assert len(compiled_graphs) == 1
+
+
+@pytest.mark.parametrize('fuse_token', [False, True])
+def test_shrinking_takes_a_bounded_number_of_graphs(fuse_token, compiled_graphs):
+    """Over a run whose rate falls at each step, with evaluations of two batch sizes, of the average's weights too."""
+    def build():
+        return tiny(fuse_token=fuse_token, patch_size=8, embed_dim=24, depth=5, drop_loc=(1, 2, 3))
+
+    model, average, images = build(), build(), torch.randn(6, 3, 64, 64)
+    compiled, seen = utils.CompiledModel(model, images.device).train(), set()
+    for step in range(50):
+        rate = keep_rate_at(step, 1, 3, 40, 0.7)
+        seen.add(model.token_counts(rate))
+        model.zero_grad()
+        logits = compiled(images, keep_rate=rate)
+        logits.square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        model.zero_grad()
+        expected = model(images, keep_rate=rate)
+        expected.square().sum().backward()
+        torch.testing.assert_close(logits, expected)
+        for gradient, parameter in zip(gradients, model.parameters()):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
+        if step % 10 == 9:
+            for evaluated in (model, average):
+                evaluated.eval()
+                run = utils.CompiledModel(evaluated, images.device)
+                with torch.no_grad():
+                    for batch in (torch.cat([images, images]), images[:5]):
+                        torch.testing.assert_close(run(batch), evaluated(batch))
+            model.train()
+    # Training: all tokens, numbers that are variables (after the first, which is taken for a constant), the base rate.
+    # Evaluation: a graph for each size of batch.
+    assert len(seen) > 15 and len(compiled_graphs) == 4 + 2
+
+
+def test_compiled_gradient_checkpointing_changes_no_gradient(compiled_graphs):
+    images, gradients = torch.randn(2, 3, 64, 64), []
+    for compiled in (False, True):
+        model = tiny(fuse_token=True, depth=4, drop_loc=(1, 2))
+        model.set_grad_checkpointing()
+        run = utils.CompiledModel(model, images.device) if compiled else model
+        run(images, keep_rate=0.6).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_compiled_eager_and_plain_agree(device):
+    """By the real compiler, at the size of the paper's model."""
+    case = next(case for case in reference('forward.json') if case['size'] == 'small' and case['fuse_token']
+                and case['base_keep_rate'] == 0.7 and case['call_keep_rate'] is None and case['input_size'] == 224)
+    model = reference_model(case).eval().to(device)
+    images = reference_images(0, 2, 224).to(device)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        logits, kept = model(images, get_idx=True)
+        compiled_logits, compiled_kept = compiled(images, get_idx=True)
+        plain_logits = PlainEViT(model)(images)
+    torch.testing.assert_close(compiled_logits, logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(plain_logits, logits, rtol=0, atol=1e-4)
+    stages = [kept_patches([idx.cpu() for idx in positions], 196, True) for positions in (kept, compiled_kept)]
+    assert stages[0] == stages[1] == case['kept_patches']
+
+
+# --- Precision ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def digits_model():
+    """A small EViT that has learnt the digits, and the validation images."""
+    def images_of(digits):
+        pixels = torch.from_numpy(np.stack(digits.images)).float().div(127).sub(1)     # (B, 8, 8)
+        return pixels.unsqueeze(1).expand(-1, 3, -1, -1), torch.tensor(digits.targets)
+
+    torch.manual_seed(0)
+    model = timm.create_model('deit_tiny_patch16_shrink_base', img_size=8, patch_size=2, embed_dim=48, depth=4,
+                              drop_loc=(1, 2, 3), num_classes=10, fuse_token=True)
+    images, labels = images_of(Digits(True))
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=16 * 23)
+    for _ in range(16):
+        for batch in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            optimizer.step()
+            schedule.step()
+    return model.eval(), *images_of(Digits(False))
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_bfloat16_sees_the_same_digits(digits_model, device):
+    model, images, labels = digits_model
+    model, images = model.to(device), images.to(device)
+    with torch.no_grad():
+        exact = model(images).argmax(dim=1).cpu()
+        with torch.autocast(device, torch.bfloat16):
+            rounded = model(images).argmax(dim=1).cpu()
+    assert (exact == labels).float().mean() > 0.9
+    assert (exact == rounded).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_scores_are_float32_whatever_is_around_them(device):
+    """Neither autocast nor TF32 rounds them: they are those of float64 to the rounding of float32."""
+    q, k = torch.randn(2, 4, 3, 197, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high')
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            scores = class_attention(q, k, 0.125)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, class_attention(q.double(), k.double(), 0.125).float(), rtol=1e-5, atol=1e-7)
+
+
+def test_attention_runs_in_the_flash_kernel():
+    """Of every block, reorganising or not, and in both modes."""
+    model = tiny(fuse_token=True, depth=4, drop_loc=(1, 2))
+    for training in (False, True):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model.train(training)(torch.zeros(2, 3, 64, 64))
+        calls = {event.key: event.count for event in profile.key_averages()}
+        assert calls['aten::_scaled_dot_product_flash_attention_for_cpu'] == 4
+        assert not calls.keys() & {'aten::sort', 'aten::argsort', 'aten::item', 'aten::nonzero'}

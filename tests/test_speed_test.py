@@ -9,11 +9,13 @@ import timm
 import torch
 import torch.nn as nn
 import torchprofile
+from PIL import Image
+from timm.utils import ModelEmaV3
 
 import folder2lmdb
 import speed_test
-from speed_test import (LoadingProtocol, Protocol, Throughput, check_real, compare, macs, paired_throughput,
-                        peak_memory, throughput)
+from speed_test import (Candidate, LoadingProtocol, Protocol, Throughput, check_real, compare, macs, measured_pass,
+                        paired_throughput, peak_memory, stopwatch, throughput)
 from utils import InputError
 
 TINY = 'deit_tiny_patch16_shrink_base'
@@ -111,7 +113,8 @@ def test_clock_is_read_seldom_in_a_window(monkeypatch):
     clock, model, readings = [0.], Recorder(), []
     model.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 0.01))
     monkeypatch.setattr(speed_test.time, 'perf_counter', lambda: readings.append(clock[0]) or clock[0])
-    window = speed_test.stopwatch(model, protocol(window_seconds=10.))
+    settings = protocol(window_seconds=10.)
+    window = stopwatch(measured_pass(model, settings), settings)
     readings.clear()
     window()
     assert len(readings) <= 12                              # of a thousand passes
@@ -129,7 +132,8 @@ def test_clock_is_read_synchronised(monkeypatch):
     clock = time.perf_counter
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: events.append('synchronised'))
     monkeypatch.setattr(speed_test.time, 'perf_counter', lambda: events.append('clock') or clock())
-    speed_test.stopwatch(Recorder(), PretendCuda(**vars(protocol(device=torch.device('cuda')))))()
+    settings = PretendCuda(**vars(protocol(device=torch.device('cuda'))))
+    stopwatch(measured_pass(Recorder(), settings), settings)()
     before = [event for event, following in zip(events, events[1:]) if following == 'clock']
     assert len(before) >= 4 and set(before) == {'synchronised'}
 
@@ -191,7 +195,7 @@ def test_ratio_is_of_paired_windows():
 def test_printed_line_says_what_was_measured():
     settings = protocol(batch_size=7, amp_dtype=torch.bfloat16, keep_rate=0.6, window_seconds=0.25)
     line = str(Throughput((10., 30., 20.), settings))
-    assert line.startswith('20.0 images/s [10.0–30.0]') and '\n' not in line and line.isprintable()
+    assert line.startswith('20.0 [10.0–30.0] images/s; ') and '\n' not in line and line.isprintable()
     for word in ['batch 7', '32×32', 'bfloat16 autocast', 'keep rate 0.6', 'cpu', f'torch {torch.__version__}',
                  '5 windows', '0.25 s', 'inference', 'eval', 'warm-up', 'synchronised', 'median']:
         assert word in line
@@ -235,7 +239,8 @@ def test_on_cuda():
 
 
 def test_compare_goes_on_after_a_failure(monkeypatch):
-    def build(name, *args):
+    def build(candidate, *args):
+        name = candidate.name
         if name == 'refused':
             raise RuntimeError('out of\nmemory')
         model = Recorder()
@@ -244,7 +249,7 @@ def test_compare_goes_on_after_a_failure(monkeypatch):
         return model
 
     monkeypatch.setattr(speed_test, 'build_model', build)
-    rows = compare([(name, None) for name in ['broken', 'one', 'refused', 'two']], protocol(), fuse_token=True)
+    rows = compare([Candidate(name) for name in ['broken', 'one', 'refused', 'two']], protocol(), fuse_token=True)
     assert (rows[0]['model'], rows[0]['failure']) == ('broken', 'ValueError: the output is not finite')
     assert (rows[2]['model'], rows[2]['failure']) == ('refused', 'RuntimeError: out of memory')
     assert 'speed' not in rows[0] and 'speed' not in rows[2]
@@ -252,25 +257,27 @@ def test_compare_goes_on_after_a_failure(monkeypatch):
     lines = list(speed_test.format_table(rows))
     assert 'failed: ValueError' in lines[1] and 'failed: RuntimeError' in lines[3] and '1.000' in lines[4]
 
-    rows = compare([('one', None), ('broken', None)], protocol(), fuse_token=True)
+    rows = compare([Candidate('one'), Candidate('broken')], protocol(), fuse_token=True)
     assert 'ratio' not in rows[0] and rows[0]['speed'].median > 0
     assert len(list(speed_test.format_table(rows))) == 3
 
 
 def test_models_are_built_as_asked():
-    model = speed_test.build_model(TINY, 0.4, 48, True)
+    model = speed_test.build_model(Candidate(TINY, 0.4, 48), True)
     assert model.base_keep_rate == 0.4 and model.blocks[3].fuse_token and not model.training
     assert model.patch_embed.img_size == (48, 48)
-    assert not speed_test.build_model(TINY, None, 48, False).blocks[3].fuse_token
-    assert speed_test.build_model(TINY, None, 48, False).base_keep_rate == 0.7
-    speed_test.build_model('resnet18', None, 48, True)
+    plain = speed_test.build_model(Candidate(TINY, None, 48), False)
+    assert plain.base_keep_rate == 0.7 and not plain.blocks[3].fuse_token
+    speed_test.build_model(Candidate('resnet18', None, 48), True)
 
 
 def test_reference_is_measured_as_the_original_was(monkeypatch):
     seen = []
-    monkeypatch.setattr(speed_test, 'stopwatch', lambda model, settings: seen.append((model, settings)) or (lambda: 1.))
+    monkeypatch.setattr(speed_test, 'measured_pass', lambda model, settings: seen.append((model, settings)))
+    monkeypatch.setattr(speed_test, 'stopwatch', lambda run, settings: lambda: 1.)
     ours = protocol(amp_dtype=torch.bfloat16, compiled=True)
-    rows = compare([(TINY, 0.5), ('deit_tiny_patch16_224', None)], ours, fuse_token=True, reference=True)
+    candidates = [Candidate(TINY, 0.5), Candidate('deit_tiny_patch16_224')]
+    rows = compare(candidates, ours, fuse_token=True, reference=True)
     assert [row['model'] for row in rows] == [f'{TINY}@0.5', 'deit_tiny_patch16_224', 'plain@0.5, bfloat16 autocast',
                                               'plain@0.5, float32, gradients on']
     assert [type(model).__name__ for model, _ in seen] == ['EViT', 'VisionTransformer', 'PlainEViT', 'PlainEViT']
@@ -280,6 +287,12 @@ def test_reference_is_measured_as_the_original_was(monkeypatch):
         ours, ours, protocol(amp_dtype=torch.bfloat16), protocol(gradients=True)]
     assert rows[2]['gmacs'] == pytest.approx(rows[0]['gmacs'], rel=0.02)
     assert 'with gradients' in str(rows[3]['protocol']) and 'compiled' in str(ours) and 'eager' in str(protocol())
+    assert [row['share'] / row['gmacs'] for row in rows] == pytest.approx(4 * [1e9 / 2048 ** 3])
+    for settings, labels in ((protocol(), ['plain@0.5, float32', 'plain@0.5, float32, gradients on']),
+                             (protocol(train=True), ['plain@0.5, float32'])):
+        rows = compare(candidates[:1], settings, fuse_token=True, reference=True)
+        assert [row['model'] for row in rows[1:]] == labels
+
 
 
 @pytest.mark.parametrize('gradients', [False, True])
@@ -309,7 +322,7 @@ def test_command_line(tmp_path, capsys):
                      '--batch-size', '2', '--device', 'cpu', '--no-fuse-token', '--window-seconds', '0.01',
                      '--csv', str(file)])
     header, titles, *lines = capsys.readouterr().out.splitlines()
-    assert 'batch 2 of 64×64, float32' in header and 'dropped' in header
+    assert 'batch 2 of 64×64, float32, eager' in header and 'dropped' in header
     assert [line.split()[0] for line in lines] == [f'{TINY}@0.5', 'test_efficientnet', 'deit_tiny_patch16_224']
     for title in ['images/s', 'ratio', 'GMACs', 'params', 'memory']:
         assert title in titles
@@ -320,6 +333,90 @@ def test_command_line(tmp_path, capsys):
     assert float(rows[0]['mparams']) == pytest.approx(sum(p.numel() for p in evit.parameters()) / 1e6)
     assert float(rows[2]['ratio']) == 1. and rows[0]['memory_mib'] == '' and rows[0]['protocol'] in header
     assert all(float(row['min']) <= float(row['median']) <= float(row['max']) for row in rows)
+
+
+def test_training_steps_train():
+    """A whole step: the weights move, and their average moves after them by 1 − decay of the way."""
+    model, settings = tiny(num_classes=3).eval(), protocol(train=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    step = measured_pass(model, settings)
+    assert model.training and 'whole training steps' in str(settings)
+    first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    step()
+    ema = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, ModelEmaV3))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and not torch.equal(parameter, first[name]) and not torch.equal(first[name],
+                                                                                                      before[name])
+        torch.testing.assert_close(ema.module.get_parameter(name) - before[name],
+                                   0.00004 * (first[name] + parameter - 2 * before[name]), rtol=0.5, atol=1e-8)
+
+
+def test_training_and_compiled_training_are_measured(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend))
+    for compiled in (False, True):
+        result = throughput(tiny(depth=4, drop_loc=(1, 2)), 32, train=True, compiled=compiled, **QUICK)
+        assert result.median > 0 and len(graphs) == compiled
+
+
+def test_channels_last_changes_the_layout_alone():
+    settings = protocol(channels_last=True)
+    assert settings.images().is_contiguous(memory_format=torch.channels_last) and 'channels last' in str(settings)
+    assert torch.equal(settings.images(), protocol().images()) and protocol().images().is_contiguous()
+
+
+def test_figure_4(monkeypatch, tmp_path, capsys):
+    """By default the paper's models, each at its size, the accuracies with them; a picture of those that have one."""
+    monkeypatch.setattr(speed_test, 'measured_pass', lambda model, settings: None)
+    monkeypatch.setattr(speed_test, 'stopwatch', lambda run, settings: lambda: 100. + (settings.input_size or 0) % 7)
+    monkeypatch.setattr(speed_test, 'matrix_product', lambda settings: (None, 1.))
+    monkeypatch.setattr(speed_test, 'macs', lambda model, size: 1.)
+    built = []
+    monkeypatch.setattr(speed_test, 'build_model', lambda candidate, fuse: built.append(candidate) or nn.Linear(1, 1))
+    speed_test.main(['--device', 'cpu', '--plot', str(tmp_path / 'a.png'), '--csv', str(tmp_path / 'a.csv')])
+    assert all(timm.is_model(candidate.name) for candidate in built)
+    names = {candidate.name for candidate in built}
+    for family in ('swin', 'tnt', 'twins', 'visformer', 'cait', 'coat', 'convit', 'nfnet_f0', 'efficientnet_b0',
+                   'efficientnet_b1', 'efficientnet_b2', 'pvt_v2', 'deit_small_patch16_224', 'deit_base_patch16_224'):
+        assert any(name.startswith(family) for name in names), family
+    evits = {candidate for candidate in built if 'shrink' in candidate.name}
+    assert {candidate.keep_rate for candidate in evits if candidate.input_size == 224} == {0.5, 0.6, 0.7, 0.8, 0.9}
+    assert {candidate.input_size for candidate in evits} == {224, 256, 272, 288, 304}
+    with open(tmp_path / 'a.csv', newline='') as file:
+        rows = {(row['model'], row['input_size']): row for row in csv.DictReader(file)}
+    assert len(rows) == len(built)
+    assert rows[f'{speed_test.EVIT_SMALL}@0.7', '224']['top1'] == '79.5'
+    assert rows[f'{speed_test.EVIT_SMALL}@0.8', '256']['top1'] == ''
+    assert (rows['nfnet_f0', '256']['top1'], rows['nfnet_f0', '256']['source']) == ('83.6', 'NFNet, arXiv:2102.06171')
+    with Image.open(tmp_path / 'a.png') as picture:
+        assert picture.format == 'PNG' and min(picture.size) >= 600
+
+
+def test_accuracies_are_of_what_they_were_reported_for():
+    candidate = Candidate(speed_test.EVIT_SMALL, 0.7, 224)
+    assert speed_test.reported(candidate, True).top1 == 79.5
+    assert speed_test.reported(candidate, False) is None                         # reported for fused tokens
+    assert speed_test.reported(candidate._replace(input_size=256), True) is None
+    assert speed_test.reported(candidate._replace(keep_rate=0.75), True) is None
+    for candidate, found in speed_test.REPORTED.items():
+        assert 70 < found.top1 < 90 and 'arXiv:' in found.source and timm.is_model(candidate.name)
+
+
+def test_largest_batch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
+
+    def memory(model, settings):
+        if settings.batch_size > 40:
+            raise torch.OutOfMemoryError
+        assert not settings.compiled
+
+    monkeypatch.setattr(speed_test, 'peak_memory', memory)
+    assert speed_test.largest_batch(None, protocol(batch_size=None, compiled=True)) == 32
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -333,11 +430,16 @@ def test_command_line(tmp_path, capsys):
     (['--models', TINY, '--input-size', '100'], 'multiple of the patch size'),
     (['--models', TINY, 'deit_tiny_patch16_224', '--batch-size', '0'], '--batch-size'),
     (['--models', TINY, '--csv', 'no/such/folder/speed.csv'], 'no/such/folder'),
-    ([], 'one of the arguments --models --loader is required'),
+    (['--models', f'{TINY}:100'], 'multiple of the patch size'),
+    (['--models', f'{TINY}:0'], "must be a number of pixels, not '0'"),
+    (['--models', f'{TINY}@0.5:x'], "must be a number of pixels, not 'x'"),
+    (['--models', TINY, '--device', 'cpu', '--batch-size', 'auto'], 'on a CPU, give a number'),
+    (['--models', TINY, '--plot', 'no/such/folder/speed.png'], 'no/such/folder'),
+    (['--loader', '--data-path', '.', '--plot', 'speed.png'], '--plot'),
     (['--models', TINY, '--loader'], 'not allowed with'),
     (['--loader'], '--loader needs --data-path'),
     (['--models', TINY, '--data-path', '.'], '--data-path needs --loader'),
-    (['--loader', '--data-path', '.', '--csv', 'speed.csv'], '--csv goes with --models'),
+    (['--loader', '--data-path', '.', '--csv', 'speed.csv'], 'go with --models'),
 ])
 def test_wrong_input(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -348,7 +450,9 @@ def test_wrong_input(arguments, message, capsys):
 
 def test_right_input():
     args = speed_test.parse_args(['--models', f'{TINY}@1', 'resnet18', '--input-size', '224'])
-    assert args.models == [(TINY, 1.), ('resnet18', None)] and args.fuse_token
+    assert args.models == [Candidate(TINY, 1.), Candidate('resnet18')] and args.fuse_token
+    args = speed_test.parse_args(['--models', f'{TINY}@0.8:256', 'resnet18:160', '--batch-size', '7'])
+    assert args.models == [Candidate(TINY, 0.8, 256), Candidate('resnet18', None, 160)] and args.batch_size == 7
     # Neither a convolutional stem, nor patches that overlap, must divide the input.
     assert speed_test.parse_args(['--models', 'resnet18', 'pvt_v2_b0', '--input-size', '250'])
 
