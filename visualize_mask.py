@@ -23,8 +23,8 @@ from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
 SHEET_WIDTH = 1600     # pixels at most, unless the captions of very many stages need more
 SHEET_IMAGES = 128     # more than these would make a sheet that no one can look through
-HEAT = (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)       # viridis, from 0 to the largest
-ABSENT = 0.9           # the light grey of a patch that the stage did not see
+HEAT = (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)       # viridis, from least to most
+ABSENT = 0.9           # light grey
 
 
 # --- What the model does --------------------------------------------------------------------------------------------
@@ -126,15 +126,15 @@ def denormalize(images, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
     return (images * std + mean).clamp(0, 1)
 
 
-def to_pixels(grid, patch_size, size, beyond):
-    """Spread (B, stages, rows, cols) over patches of `patch_size` of images of `size`: (B, stages, 1, H, W).
+def to_pixels(grid, patch_size, size):
+    """Spread (…, rows, cols) over the patches of images of `size`: (…, H, W).
 
-    Pixels at the right and the bottom that make no whole patch get the value `beyond`: the model does not see them.
+    Pixels at the right and the bottom that make no whole patch get 0, as the model does not see them.
     """
     height, width = patch_size
-    grid = repeat(grid, 'b stages rows cols -> b stages 1 (rows height) (cols width)', height=height, width=width)
+    grid = repeat(grid, '... rows cols -> ... (rows height) (cols width)', height=height, width=width)
     # Pads where patches end before the image does, and crops where the model padded the image to whole patches.
-    return F.pad(grid, (0, size[1] - grid.shape[-1], 0, size[0] - grid.shape[-2]), value=beyond)
+    return F.pad(grid, (0, size[1] - grid.shape[-1], 0, size[0] - grid.shape[-2]))
 
 
 def mask_images(images, masks, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
@@ -147,14 +147,14 @@ def mask_images(images, masks, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGE
     Returns:
         float32 (B, stages, 3, H, W) in [0, 1], not normalised.
     """
-    masks = to_pixels(masks, patch_size, images.shape[-2:], beyond=False)
+    masks = to_pixels(masks.unsqueeze(2), patch_size, images.shape[-2:])               # (B, stages, 1, H, W)
     return denormalize(images, mean, std).unsqueeze(1) * masks
 
 
 def attention_images(images, attention, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
-    """Heat maps of the class token's attention over the greyed images: violet for none, green, yellow for the most.
+    """Heat maps of the class token's attention over the greyed images, from violet over green to yellow.
 
-    Each map has its own scale, from 0 to its largest value. Patches that the stage did not see are plain light grey.
+    Each map has its own scale, from its least to its largest value. Patches that the stage did not see are plain grey.
 
     Args:
         attention: (B, stages, rows, cols), NaN where a patch was not seen.
@@ -162,15 +162,17 @@ def attention_images(images, attention, patch_size, mean=IMAGENET_DEFAULT_MEAN, 
     Returns:
         float32 (B, stages, 3, H, W) in [0, 1].
     """
-    attention = to_pixels(attention, patch_size, images.shape[-2:], beyond=math.nan)   # (B, stages, 1, H, W)
-    heat = attention.nan_to_num(0)
-    position = heat / heat.amax((-1, -2), keepdim=True).clamp(min=1e-12) * (len(HEAT) - 1)
-    low = position.long().clamp(max=len(HEAT) - 2)
+    seen = ~attention.isnan()
+    least = attention.masked_fill(~seen, math.inf).amin((-1, -2), keepdim=True)
+    largest = attention.masked_fill(~seen, -math.inf).amax((-1, -2), keepdim=True)
+    heat = ((attention - least) / (largest - least)).nan_to_num(0) * (len(HEAT) - 1)   # 0 where all are alike
+    below = heat.long().clamp(max=len(HEAT) - 2)
     stops = torch.tensor(HEAT, device=images.device) / 255
-    colors = torch.lerp(stops[low], stops[low + 1], (position - low).unsqueeze(-1))    # (B, stages, 1, H, W, 3)
-    colors = colors.squeeze(2).movedim(-1, 2)                                          # (B, stages, 3, H, W)
+    colors = torch.lerp(stops[below], stops[below + 1], (heat - below).unsqueeze(-1)).movedim(-1, 2)
+    colors = to_pixels(colors, patch_size, images.shape[-2:])                          # (B, stages, 3, H, W)
+    seen = to_pixels(seen.unsqueeze(2), patch_size, images.shape[-2:])                 # (B, stages, 1, H, W)
     grey = rgb_to_grayscale(denormalize(images, mean, std)).unsqueeze(1)               # (B, 1, 1, H, W)
-    return torch.where(attention.isnan(), ABSENT, torch.lerp(grey, colors, 0.6))
+    return torch.where(seen, torch.lerp(grey, colors, 0.6), ABSENT)
 
 
 def to_bytes(pictures):
@@ -252,7 +254,7 @@ def contact_sheet(rows, headers, captions):
     font = ImageFont.load_default(min(24, max(13, cell // 8)))
     line = math.ceil(1.3 * font.size)
     width, height = fit(rows[0].shape[-1], rows[0].shape[-2], cell)
-    step = max(width, *(math.ceil(font.getlength(text)) for text in headers)) + gap    # from column to column
+    step = math.ceil(max(width + gap, *(font.getlength(text + ' ') for text in headers)))  # from column to column
     row_width, row_height = columns * step, height + line * len(captions[0]) + 3 * gap
     down = math.ceil(len(rows) / across)
     sheet = Image.new('RGB', (across * (row_width + 3 * gap) - 2 * gap, line + down * row_height + gap), 'white')
