@@ -8,6 +8,7 @@ In a notebook, with normalised `images` (B, 3, H, W) and a `model` of `models_ev
 
 A stage is a reorganising block, one that keeps all of its tokens at rate 1 too.
 """
+import bisect
 import contextlib
 import math
 import unicodedata
@@ -284,7 +285,6 @@ def shorten(text, font, width):
     letters = (letter for letter in unicodedata.normalize('NFKD', text) if not unicodedata.combining(letter))
     text = ''.join(letter if letter.isascii() else '?' for letter in letters)
     if font.getlength(text) > width:
-        while text and font.getlength(text + '…') > width:
-            text = text[:-1]
-        text += '…'
+        fitting = bisect.bisect_right(range(len(text)), width, key=lambda end: font.getlength(text[:end] + '…'))
+        text = text[:max(0, fitting - 1)] + '…'
     return text
