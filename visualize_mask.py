@@ -1,10 +1,10 @@
 """What a model looks at, as pictures: from kept positions back to image patches, and from those to files.
 
-In a notebook, with normalised `images` (B, 3, H, W) and a `model` of `models_evit`::
+`observe` notes what a model does with images, `mask_images` and `attention_images` draw that, and `draw_sheets` puts it
+on two sheets. `kept_patches` and `mask_images` are all that it takes in a notebook::
 
     masks = kept_patches(model, images)                                    # (B, stages, rows, cols)
     pictures = mask_images(images, masks, model.patch_embed.patch_size)    # (B, stages, 3, H, W)
-    plt.imshow(pictures[0, -1].permute(1, 2, 0))                           # the first image after the last stage
 
 A stage is a reorganising block, one that keeps all of its tokens at rate 1 too.
 """

@@ -494,8 +494,8 @@ def test_pictures_are_of_the_data_set_and_those_of_two_processes_the_same(image_
     for i in range(7):
         pixels = loader_val.dataset[i * 9 // 7][0].permute(1, 2, 0)
         assert (open_picture(tmp_path / '0' / f'img_{i}_a.jpg') - pixels).abs().float().mean() < 8
-    reds = [open_picture(tmp_path / '0' / f'img_{i}_a.jpg').float().mean((0, 1)).argmax().item() for i in range(7)]
-    assert reds == [2, 2, 2, 1, 1, 0, 0]               # the classes are blue, green and red, and all are shown
+    brightest = [open_picture(tmp_path / '0' / f'img_{i}_a.jpg').float().mean((0, 1)).argmax().item() for i in range(7)]
+    assert brightest == [2, 2, 2, 1, 1, 0, 0]          # the classes are blue, green and red, and all are shown
 
 
 def test_as_many_samples_as_asked_for_from_the_whole_data_set():
@@ -545,7 +545,7 @@ def test_tensorboard_shows_the_same_images_at_every_evaluation_and_training_does
 
 
 def test_drawing_sheets_moves_no_generator_and_changes_no_mode(image_folder):
-    args = parse_args([*TINY, '--data-path', str(image_folder)])
+    args = parse_args([*TINY, '--data-path', str(image_folder), '--batch-size', '8'])
     dataset = main.build_loaders(args, torch.device('cpu'))[1].dataset
     model = main.build_model(args, 3).train()
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()

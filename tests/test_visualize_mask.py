@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torchvision.transforms.functional import normalize
 
 import models_evit  # noqa: F401, registers the models
 import visualize_mask
+from conftest import ROOT
 from visualize_mask import (ABSENT, HEAT, SHEET_WIDTH, attention_images, compose_positions, contact_sheet, denormalize,
                             draw_sheets, fit, kept_patches, mask_images, observe, save_jpeg, save_masked, shorten,
                             to_bytes)
@@ -433,3 +435,14 @@ def test_sheets_show_the_input_the_stages_and_the_classes(name, kwargs, size, gr
         for b in range(3):
             assert torch.equal(rows[b][:1], to_bytes(denormalize(images[b:b + 1], mean, std)))
             assert (rows[b][1:].int() - to_bytes(stages[b]).int()).abs().max() <= 1
+
+
+def test_the_lines_of_the_readme_for_a_notebook_run():
+    block, = (block for block in (ROOT / 'README.md').read_text().split('```') if 'kept_patches' in block)
+    lines = block.removeprefix('python\n').splitlines()
+    assert len(lines) == 5
+    shown = []
+    names = dict(model=create(num_classes=2).train(), images=random_images(), labels=torch.tensor([0, 1, 1]),
+                 classes=['cat', 'dog'], plt=SimpleNamespace(imshow=shown.append))
+    exec('\n'.join(lines), names)
+    assert shown[0].shape == (64, 64, 3) and names['grid'].size == names['attention'].size
