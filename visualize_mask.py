@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
-SHEET_WIDTH = 1600     # pixels at most, unless the captions of very many stages need more
+SHEET_WIDTH = 1680     # pixels at most, unless the headers of very many stages need more
 SHEET_IMAGES = 128     # more than these would make a sheet that no one can look through
 HEAT = (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)       # viridis, from least to most
 ABSENT = 0.9           # light grey
@@ -251,11 +251,11 @@ def contact_sheet(rows, headers, captions):
     """
     columns, gap = len(headers), 4
     across = min(math.ceil(len(rows) / 4), max(1, 16 // columns))                      # rows side by side
-    cell = min(224, SHEET_WIDTH // (across * columns) - 2 * gap)
+    cell = min(224, (SHEET_WIDTH // across - 3 * gap) // columns - gap)                # pixels, of a picture's square
     font = ImageFont.load_default(min(24, max(13, cell // 8)))
     line = math.ceil(1.3 * font.size)
     width, height = fit(rows[0].shape[-1], rows[0].shape[-2], cell)
-    step = math.ceil(max(width + gap, *(font.getlength(text + ' ') for text in headers)))  # from column to column
+    step = math.ceil(max(width + gap, *(font.getlength(f'{text}  ') for text in headers)))     # of columns
     row_width, row_height = columns * step, height + line * len(captions[0]) + 3 * gap
     down = math.ceil(len(rows) / across)
     sheet = Image.new('RGB', (across * (row_width + 3 * gap) - 2 * gap, line + down * row_height + gap), 'white')
