@@ -444,7 +444,8 @@ def visualize(args, model, dataset, device):
     folder = make_folder(args.output_dir or 'visualization')
     numbers = iter(sampler)
     for images, _ in loader:
-        save_masked(model, images, [next(numbers) for _ in images], folder)
+        with autocast(args, device):
+            save_masked(model, images, [next(numbers) for _ in images], folder)
     if utils.rank() == 0:
         sheets = sheets_of(args, model, Subset(subset, range(min(SHEET_IMAGES, len(subset)))), dataset.classes, device)
         for name, sheet in zip(('grid.png', 'attention.png'), sheets):
@@ -461,11 +462,15 @@ def spread(dataset, number):
 
 def sheets_of(args, model, dataset, classes, device):
     """The sheets of `draw_sheets`, of images read without workers; no generator moves."""
-    amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     loader = build_loader(dataset, range(len(dataset)), args.batch_size, device)
-    with (torch.random.fork_rng(devices=[]),                                           # a DataLoader draws a seed
-          torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)):
+    with torch.random.fork_rng(devices=[]), autocast(args, device):                    # a DataLoader draws a seed
         return draw_sheets(model, loader, classes)
+
+
+def autocast(args, device):
+    """The precision of evaluation, so that pictures and accuracy tell of one model."""
+    dtype = choose_amp_dtype(args.amp_dtype, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def make_folder(path):

@@ -490,12 +490,24 @@ def test_pictures_are_of_the_data_set_and_those_of_two_processes_the_same(image_
     assert names == sorted(path.name for path in (tmp_path / '2').iterdir())
     for name in names:
         assert (open_picture(tmp_path / '0' / name) - open_picture(tmp_path / '2' / name)).abs().float().mean() < 1
+    grid, attention = ((open_picture(tmp_path / '0' / f'{name}.png') == 230).all(-1).sum()
+                       for name in ('grid', 'attention'))
+    assert grid < 1000 < attention                     # the grey of what went before
     loader_val = main.build_loaders(parse_args(flags), torch.device('cpu'))[1]
     for i in range(7):
         pixels = loader_val.dataset[i * 9 // 7][0].permute(1, 2, 0)
         assert (open_picture(tmp_path / '0' / f'img_{i}_a.jpg') - pixels).abs().float().mean() < 8
     brightest = [open_picture(tmp_path / '0' / f'img_{i}_a.jpg').float().mean((0, 1)).argmax().item() for i in range(7)]
     assert brightest == [2, 2, 2, 1, 1, 0, 0]          # the classes are blue, green and red, and all are shown
+
+
+def test_pictures_and_sheets_are_in_the_precision_of_the_evaluation(digits_run, tmp_path, monkeypatch):
+    precise = []
+    for name in 'save_masked', 'draw_sheets':
+        monkeypatch.setattr(main, name, lambda *_: precise.append(torch.is_autocast_enabled('cpu')) or [])
+    main.main(parse_args([*PLAIN, '--output_dir', str(tmp_path), '--resume', str(digits_run[1] / 'checkpoint.pth'),
+                          '--visualize_mask', '--n_visualization', '2', '--amp-dtype', 'bfloat16']))
+    assert precise == [True, True]
 
 
 def test_as_many_samples_as_asked_for_from_the_whole_data_set():
