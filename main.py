@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from tensorboardX import SummaryWriter
@@ -32,7 +33,7 @@ from losses import DistillationLoss
 from samplers import EvalSampler, TrainSampler
 from speed_test import macs, throughput
 from utils import InputError, log
-from visualize_mask import save_masked
+from visualize_mask import SHEET_IMAGES, draw_sheets, save_masked
 
 TOKEN_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
 
@@ -178,6 +179,9 @@ def get_args_parser():
     add('--start-epoch', type=count, default=0)
     add('--eval-interval', type=positive_int, default=1, help='epochs')
     add('--print-freq', type=positive_int, default=50, help='steps')
+    add('--log-masks', action='store_true', default=True,
+        help='show TensorBoard what an EViT keeps of 8 validation images, at each evaluation')
+    add('--no-log-masks', action='store_false', dest='log_masks')
     add('--dist-eval', action='store_true', help='share the evaluation among the processes')
     add('--world-size', type=positive_int, default=1, help='number of processes, unless the environment tells it')
     add('--dist-url', default='env://', help='where the processes meet')
@@ -442,17 +446,40 @@ def test_speed(args, model, device):
 
 
 def visualize(args, model, dataset, device):
-    """Write pictures of what the model keeps of the first images, each process its share; print the accuracy."""
-    subset = Subset(dataset, range(min(args.n_visualization, len(dataset))))
+    """Write pictures of what the model keeps, each process its share of the images; print the accuracy over them."""
+    subset = spread(dataset, args.n_visualization)
     sampler = EvalSampler(subset, utils.world_size(), utils.rank())
     loader = build_loader(subset, sampler, args.batch_size, device, args.num_workers, args.pin_mem)
     folder = make_folder(args.output_dir or 'visualization')
-    model.eval()
     numbers = iter(sampler)
     for images, _ in loader:
-        save_masked(model, images, [next(numbers) for _ in images], folder)
+        with autocast(args, device):
+            save_masked(model, images, [next(numbers) for _ in images], folder)
+    if utils.rank() == 0:
+        sheets = sheets_of(args, model, Subset(subset, range(min(SHEET_IMAGES, len(subset)))), dataset.classes, device)
+        for name, sheet in zip(('grid.png', 'attention.png'), sheets):
+            sheet.save(folder / name)
     log(f'Wrote pictures of {len(subset)} images to {folder}')
     test_accuracy(args, model, loader, device, sharded=True)
+
+
+def spread(dataset, number):
+    """So many samples from the whole of a data set, which may be ordered by class; all if it has no more."""
+    number = min(number, len(dataset))
+    return Subset(dataset, [i * len(dataset) // number for i in range(number)])
+
+
+def sheets_of(args, model, dataset, classes, device):
+    """The sheets of `draw_sheets`, of images read without workers; no generator moves."""
+    loader = build_loader(dataset, range(len(dataset)), args.batch_size, device)
+    with torch.random.fork_rng(devices=[]), autocast(args, device):                    # a DataLoader draws a seed
+        return draw_sheets(model, loader, classes)
+
+
+def autocast(args, device):
+    """The precision of evaluation, so that pictures and accuracy tell of one model."""
+    dtype = choose_amp_dtype(args.amp_dtype, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def make_folder(path):
@@ -513,6 +540,7 @@ def train(args, training, loader_train, loader_val, num_classes, device):
         best = False
         if training.epoch % args.eval_interval == 0 or training.epoch == args.epochs:
             stats |= test_stats(args, training, loader_val, device)
+            log_masks(args, model, loader_val.dataset, output, epoch, device)
             best = stats['test_acc1'] >= training.best_acc1
             training.best_acc1 = max(training.best_acc1, stats['test_acc1'])
             log(f'Max accuracy: {training.best_acc1:.2f}%')
@@ -532,8 +560,15 @@ def test_stats(args, training, loader, device):
     return {f'test_{key}': value for key, value in stats.items() if not key.endswith('images')}
 
 
+def log_masks(args, model, dataset, output, epoch, device):
+    """Show what the model keeps of the same 8 validation images each time, in the first process's TensorBoard."""
+    if args.log_masks and output.folder and args.model in models_evit.VARIANTS:
+        grid, _ = sheets_of(args, model, spread(dataset, 8), dataset.classes, device)
+        output.writer.add_image('masks', np.asarray(grid), epoch, dataformats='HWC')
+
+
 class RunOutput:
-    """The output folder of the first process: checkpoints, log.txt (a JSON line an epoch), TensorBoard scalars."""
+    """The output folder of the first process: checkpoints, log.txt (a JSON line an epoch), TensorBoard's files."""
 
     def __init__(self, args, epoch):
         folder = make_folder(args.output_dir) if args.output_dir else None             # everywhere, to fail everywhere

@@ -1,58 +1,125 @@
-"""What a model kept, as pictures: from kept positions back to image patches, and from those to files.
+"""What a model looks at, as pictures: from kept positions back to image patches, and from those to files.
 
-In a notebook, with normalised `images` (B, 3, H, W) and a `model` of `models_evit` in evaluation mode::
+`observe` notes what a model does with images, `mask_images` and `attention_images` draw that, and `draw_sheets` puts it
+on two sheets. `kept_patches` and `mask_images` are all that it takes in a notebook::
 
     masks = kept_patches(model, images)                                    # (B, stages, rows, cols)
     pictures = mask_images(images, masks, model.patch_embed.patch_size)    # (B, stages, 3, H, W)
-    plt.imshow(pictures[0, -1].permute(1, 2, 0))                           # the first image after the last stage
 
-A stage is a reorganising block that dropped something.
+A stage is a reorganising block, one that keeps all of its tokens at rate 1 too.
 """
+import bisect
+import contextlib
+import math
+import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import repeat
+from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
+
+SHEET_WIDTH = 1680     # pixels at most, unless the headers of very many stages need more
+SHEET_IMAGES = 128     # more than these would make a sheet that no one can look through
+HEAT = (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)       # viridis, from least to most
+ABSENT = 0.9           # light grey
 
 
-def compose_positions(kept, batch_size, num_patches, device=None):
-    """Which patches of the image still have their own token after each stage.
+# --- What the model does --------------------------------------------------------------------------------------------
+
+def patches_of_tokens(kept, batch_size, num_patches, device=None):
+    """The patch of each token before the first stage and after each stage: [(B, n)], one more than there are stages.
 
     A stage numbers the tokens that the stage before it left: the kept ones in the order of their positions, then the
     fused one where there is one. A fused token is given the number after the last patch, so that it stands for none
     wherever it goes; without fusing no position refers to it.
 
     Args:
-        kept: [(B, k) of each stage], the positions kept among the stage's input without the protected tokens.
-        batch_size, num_patches, device: of the masks, known even if there is no stage.
-    Returns:
-        bool (B, stages, num_patches).
+        kept: [(B, k) of each stage], the positions kept among the stage's input without the protected tokens; None
+            for a stage that kept all.
+        batch_size, num_patches, device: known even if there is no stage.
+    """
+    patches = [torch.arange(num_patches, device=device).expand(batch_size, -1)]        # (B, N)
+    for idx in kept:
+        patches.append(patches[-1] if idx is None else F.pad(patches[-1].gather(1, idx), (0, 1), value=num_patches))
+    return patches
+
+
+def compose_positions(kept, batch_size, num_patches, device=None):
+    """Which patches of the image still have their own token after each stage: bool (B, stages, num_patches).
+
+    The arguments are those of `patches_of_tokens`.
     """
     masks = torch.zeros(batch_size, len(kept), num_patches + 1, dtype=torch.bool, device=device)
-    patches = torch.arange(num_patches, device=device).expand(batch_size, -1)          # (B, N), the patch of each token
-    for mask, idx in zip(masks.unbind(1), kept):
-        patches = patches.gather(1, idx)                                               # (B, k)
+    for mask, patches in zip(masks.unbind(1), patches_of_tokens(kept, batch_size, num_patches, device)[1:]):
         mask.scatter_(1, patches, True)
-        patches = F.pad(patches, (0, 1), value=num_patches)                            # (B, k + 1)
     return masks[..., :num_patches]
 
 
+class Observation(NamedTuple):
+    """What a model did with a batch of images.
+
+    `blocks`: the stages, as numbers of blocks from 0. `kept`: bool (B, stages, rows, cols), the patches that have
+    their own token after the stage. `attention`: float32 (B, stages, rows, cols), the class token's attention to each
+    patch in the stage, NaN where the patch had no token of its own any more. `logits`: (B, classes).
+    """
+    blocks: list
+    kept: torch.Tensor
+    attention: torch.Tensor
+    logits: torch.Tensor
+
+
 @torch.no_grad()
-def kept_patches(model, images, keep_rate=None):
-    """Which patches a model still has after each stage: bool (B, stages, rows, cols), on the images' device.
+def observe(model, images, keep_rate=None):
+    """Classify images and note what the model keeps and attends to on the way: → Observation, on the images' device.
+
+    The model is in evaluation mode meanwhile, whatever mode it is in.
 
     Args:
-        model: an EViT, not wrapped, in evaluation mode.
+        model: an EViT, not wrapped.
         images: (B, 3, H, W), normalised, on the model's device.
-        keep_rate: as in the model's `forward`; at rate 1 there are 0 stages.
+        keep_rate: as in the model's `forward`.
     """
+    blocks = [i for i, rate in enumerate(model.block_keep_rates(keep_rate)) if rate < 1 or i in model.drop_loc]
+    kept, scores = [], []
+    with evaluation_mode(model), contextlib.ExitStack() as hooks:
+        for block in (model.blocks[i] for i in blocks):
+            # Computed again, because a block that keeps all of its tokens asks for no scores
+            hooks.enter_context(block.attn.register_forward_hook(
+                lambda attn, args, _: scores.append(attn.forward(args[0], return_scores=True)[1])))
+            hooks.enter_context(block.register_forward_hook(lambda _, args, output: kept.append(output[1])))
+        logits = model(images, keep_rate)
     grid_size = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    kept = model(images, keep_rate, get_idx=True)[1]
-    masks = compose_positions(kept, len(images), grid_size[0] * grid_size[1], images.device)
-    return masks.unflatten(-1, grid_size)
+    shape = len(images), grid_size[0] * grid_size[1]
+    attention = torch.full((shape[0], len(blocks), shape[1] + 1), math.nan, device=images.device)
+    for stage, patches, row in zip(attention.unbind(1), patches_of_tokens(kept, *shape, images.device), scores):
+        row = row[:, model.num_prefix_tokens:].float()                                 # (B, n)
+        stage.scatter_(1, patches[:, :row.shape[1]], row)
+    return Observation(blocks, compose_positions(kept, *shape, images.device).unflatten(-1, grid_size),
+                       attention[..., :-1].unflatten(-1, grid_size), logits)
 
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Evaluation mode for a while, then each module as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def kept_patches(model, images, keep_rate=None):
+    """Which patches a model still has after each stage: bool (B, stages, rows, cols), of `observe`'s arguments."""
+    return observe(model, images, keep_rate).kept
+
+
+# --- From there to pictures -----------------------------------------------------------------------------------------
 
 def denormalize(images, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
     """Images (B, 3, H, W) normalised with `mean` and `std` → float32 in [0, 1]."""
@@ -60,10 +127,19 @@ def denormalize(images, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
     return (images * std + mean).clamp(0, 1)
 
 
+def to_pixels(grid, patch_size, size):
+    """Spread (…, rows, cols) over the patches of images of `size`: (…, H, W).
+
+    Pixels at the right and the bottom that make no whole patch get 0, as the model does not see them.
+    """
+    height, width = patch_size
+    grid = repeat(grid, '... rows cols -> ... (rows height) (cols width)', height=height, width=width)
+    # Pads where patches end before the image does, and crops where the model padded the image to whole patches.
+    return F.pad(grid, (0, size[1] - grid.shape[-1], 0, size[0] - grid.shape[-2]))
+
+
 def mask_images(images, masks, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
     """The images after each stage, black where the patch has no token of its own any more.
-
-    Pixels at the right and the bottom that make no whole patch are black too, because the model does not see them.
 
     Args:
         images: (B, 3, H, W), normalised with `mean` and `std`.
@@ -72,11 +148,37 @@ def mask_images(images, masks, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGE
     Returns:
         float32 (B, stages, 3, H, W) in [0, 1], not normalised.
     """
-    height, width = patch_size
-    masks = repeat(masks, 'b stages rows cols -> b stages (rows height) (cols width)', height=height, width=width)
-    # Pads where patches end before the image does, and crops where the model padded the image to whole patches.
-    masks = F.pad(masks, (0, images.shape[-1] - masks.shape[-1], 0, images.shape[-2] - masks.shape[-2]))
-    return denormalize(images, mean, std).unsqueeze(1) * masks.unsqueeze(2)
+    masks = to_pixels(masks.unsqueeze(2), patch_size, images.shape[-2:])               # (B, stages, 1, H, W)
+    return denormalize(images, mean, std).unsqueeze(1) * masks
+
+
+def attention_images(images, attention, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
+    """Heat maps of the class token's attention over the greyed images, from violet over green to yellow.
+
+    Each map has its own scale, from its least to its largest value. Patches that the stage did not see are plain grey.
+
+    Args:
+        attention: (B, stages, rows, cols), NaN where a patch was not seen.
+        images, patch_size, mean, std: as in `mask_images`.
+    Returns:
+        float32 (B, stages, 3, H, W) in [0, 1].
+    """
+    seen = ~attention.isnan()
+    least = attention.masked_fill(~seen, math.inf).amin((-1, -2), keepdim=True)
+    largest = attention.masked_fill(~seen, -math.inf).amax((-1, -2), keepdim=True)
+    heat = ((attention - least) / (largest - least)).nan_to_num(0) * (len(HEAT) - 1)   # 0 where all are alike
+    below = heat.long().clamp(max=len(HEAT) - 2)
+    stops = torch.tensor(HEAT, device=images.device) / 255
+    colors = torch.lerp(stops[below], stops[below + 1], (heat - below).unsqueeze(-1)).movedim(-1, 2)
+    colors = to_pixels(colors, patch_size, images.shape[-2:])                          # (B, stages, 3, H, W)
+    seen = to_pixels(seen.unsqueeze(2), patch_size, images.shape[-2:])                 # (B, stages, 1, H, W)
+    grey = rgb_to_grayscale(denormalize(images, mean, std)).unsqueeze(1)               # (B, 1, 1, H, W)
+    return torch.where(seen, torch.lerp(grey, colors, 0.6), ABSENT)
+
+
+def to_bytes(pictures):
+    """Pictures in [0, 1] → the nearest uint8, on the CPU."""
+    return (pictures * 255).round().byte().cpu()
 
 
 def save_masked(model, images, indices, output_dir, keep_rate=None,
@@ -105,4 +207,84 @@ def save_masked(model, images, indices, output_dir, keep_rate=None,
 
 def save_jpeg(picture, path):
     """Write a picture (3, H, W) in [0, 1]; colour at full resolution, so that none bleeds into black patches."""
-    to_pil_image((picture * 255).round().byte().cpu()).save(path, quality=95, subsampling=0)
+    to_pil_image(to_bytes(picture)).save(path, quality=95, subsampling=0)
+
+
+# --- Sheets ---------------------------------------------------------------------------------------------------------
+
+def draw_sheets(model, batches, classes, keep_rate=None, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
+    """Two sheets, of what the model keeps and of what it attends to, with the true and the predicted classes.
+
+    Args:
+        model, keep_rate: as in `observe`.
+        batches: iterable of (images, labels), (B, 3, H, W) as in `observe` and (B,).
+        classes: names, by label.
+        mean, std: what the images were normalised with.
+    Returns:
+        Two PIL images as `contact_sheet` draws them: columns "input image", and each stage by its block, from 1.
+    """
+    grid, attention, captions = [], [], []
+    for images, labels in batches:
+        seen = observe(model, images, keep_rate)
+        settings = model.patch_embed.patch_size, mean, std
+        inputs = denormalize(images, mean, std).unsqueeze(1)
+        for rows, stages in ((grid, mask_images(images, seen.kept, *settings)),
+                             (attention, attention_images(images, seen.attention, *settings))):
+            rows += to_bytes(torch.cat([inputs, stages], dim=1))
+        captions += [(f'true: {classes[label]}', f'predicted: {classes[guess]}')
+                     for label, guess in zip(labels.tolist(), seen.logits.argmax(1).tolist())]
+    headers = ['input image', *(f'layer {block + 1}' for block in seen.blocks)]
+    return contact_sheet(grid, headers, captions), contact_sheet(attention, headers, captions)
+
+
+def contact_sheet(rows, headers, captions):
+    """Rows of pictures under their headers, each with its lines of caption below; several side by side from 5 on.
+
+    Small pictures are enlarged by a whole factor, large ones reduced, so that the sheet is not wider than SHEET_WIDTH.
+
+    Args:
+        rows: [uint8 (columns, 3, H, W)], one for each image, at least one.
+        headers: a text for each column.
+        captions: for each row, its lines, shortened where they are wider than the row.
+    Returns:
+        RGB PIL image.
+    """
+    columns, gap = len(headers), 4
+    across = min(math.ceil(len(rows) / 4), max(1, 16 // columns))                      # rows side by side
+    cell = min(224, (SHEET_WIDTH // across - 3 * gap) // columns - gap)                # pixels, of a picture's square
+    font = ImageFont.load_default(min(24, max(13, cell // 8)))
+    line = math.ceil(1.3 * font.size)
+    width, height = fit(rows[0].shape[-1], rows[0].shape[-2], cell)
+    step = math.ceil(max(width + gap, *(font.getlength(f'{text}  ') for text in headers)))     # of columns
+    row_width, row_height = columns * step, height + line * len(captions[0]) + 3 * gap
+    down = math.ceil(len(rows) / across)
+    sheet = Image.new('RGB', (across * (row_width + 3 * gap) - 2 * gap, line + down * row_height + gap), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for i, (pictures, lines) in enumerate(zip(rows, captions)):
+        left, top = gap + i % across * (row_width + 3 * gap), line + i // across * row_height + gap
+        for column, picture in enumerate(pictures):
+            x = left + column * step
+            if i < across:
+                draw.text((x, gap // 2), headers[column], 'black', font)
+            resample = Image.Resampling.NEAREST if width > picture.shape[-1] else Image.Resampling.LANCZOS
+            sheet.paste(to_pil_image(picture).resize((width, height), resample), (x, top))
+        for number, text in enumerate(lines):
+            draw.text((left, top + height + number * line), shorten(text, font, row_width - gap), 'black', font)
+    return sheet
+
+
+def fit(width, height, cell):
+    """The size of a picture in a square of `cell` pixels: enlarged by a whole factor, or reduced."""
+    larger = max(width, height)
+    factor = cell // larger if larger <= cell else cell / larger
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def shorten(text, font, width):
+    """The text in Pillow's own letters, ASCII without accents, and with an ellipsis if it is wider than `width`."""
+    letters = (letter for letter in unicodedata.normalize('NFKD', text) if not unicodedata.combining(letter))
+    text = ''.join(letter if letter.isascii() else '?' for letter in letters)
+    if font.getlength(text) > width:
+        fitting = bisect.bisect_right(range(len(text)), width, key=lambda end: font.getlength(text[:end] + '…'))
+        text = text[:max(0, fitting - 1)] + '…'
+    return text

@@ -1,12 +1,18 @@
+import io
 import json
+import random
 import shutil
+import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from tensorboardX.proto import event_pb2
 
 import folder2lmdb
 import main
@@ -58,7 +64,7 @@ def documented_defaults():
         cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode='batch', teacher_model='regnety_160',
         teacher_path=None, distillation_type='none', distillation_alpha=0.5, distillation_tau=1.0, finetune=None,
         use_lmdb=False, inat_category='name', pin_mem=True, output_dir='', seed=0, resume='', start_epoch=0,
-        dist_eval=False, world_size=1, dist_url='env://', amp_dtype='auto', eval_interval=1)
+        dist_eval=False, world_size=1, dist_url='env://', amp_dtype='auto', eval_interval=1, log_masks=True)
 
 
 def test_defaults_of_the_command_line():
@@ -463,7 +469,119 @@ def test_speed_and_masks(digits_run, tmp_path, capsys):
     main.main(parse_args([*flags, '--visualize_mask', '--n_visualization', '5', '--batch-size', '2']))
     assert sorted(path.name for path in tmp_path.glob('*.jpg')) == sorted(
         f'img_{i}_{stage}.jpg' for i in range(5) for stage in ('a', 'l0', 'l1', 'l2'))
+    assert sorted(path.name for path in tmp_path.glob('*.png')) == ['attention.png', 'grid.png']
     assert 'on the 5 test images' in capsys.readouterr().out
+
+
+def open_picture(path):
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture)).int()                               # (H, W, 3)
+
+
+def test_pictures_are_of_the_data_set_and_those_of_two_processes_the_same(image_folder, digits_run, tmp_path):
+    flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '2', '--visualize_mask',
+             '--n_visualization', '7', '--resume', str(tmp_path / 'new.pth')]
+    torch.save({'model': main.build_model(parse_args(flags), 3).state_dict()}, tmp_path / 'new.pth')
+    done = [run_main(*flags, '--output_dir', tmp_path / str(processes), processes=processes) for processes in (0, 2)]
+    assert accuracy_lines(done[0]) == accuracy_lines(done[1]) and 'on the 7 test images' in done[0].stdout
+    names = sorted(path.name for path in (tmp_path / '0').iterdir())
+    assert names == sorted(['grid.png', 'attention.png', *(
+        f'img_{i}_{stage}.jpg' for i in range(7) for stage in ('a', 'l0', 'l1', 'l2'))])
+    assert names == sorted(path.name for path in (tmp_path / '2').iterdir())
+    for name in names:
+        assert (open_picture(tmp_path / '0' / name) - open_picture(tmp_path / '2' / name)).abs().float().mean() < 1
+    grid, attention = ((open_picture(tmp_path / '0' / f'{name}.png') == 230).all(-1).sum()
+                       for name in ('grid', 'attention'))
+    assert grid < 1000 < attention                     # the grey of what went before
+    loader_val = main.build_loaders(parse_args(flags), torch.device('cpu'))[1]
+    for i in range(7):
+        pixels = loader_val.dataset[i * 9 // 7][0].permute(1, 2, 0)
+        assert (open_picture(tmp_path / '0' / f'img_{i}_a.jpg') - pixels).abs().float().mean() < 8
+    brightest = [open_picture(tmp_path / '0' / f'img_{i}_a.jpg').float().mean((0, 1)).argmax().item() for i in range(7)]
+    assert brightest == [2, 2, 2, 1, 1, 0, 0]          # the classes are blue, green and red, and all are shown
+
+
+def test_pictures_and_sheets_are_in_the_precision_of_the_evaluation(digits_run, tmp_path, monkeypatch):
+    precise = []
+    for name in 'save_masked', 'draw_sheets':
+        monkeypatch.setattr(main, name, lambda *_: precise.append(torch.is_autocast_enabled('cpu')) or [])
+    main.main(parse_args([*PLAIN, '--output_dir', str(tmp_path), '--resume', str(digits_run[1] / 'checkpoint.pth'),
+                          '--visualize_mask', '--n_visualization', '2', '--amp-dtype', 'bfloat16']))
+    assert precise == [True, True]
+
+
+def test_as_many_samples_as_asked_for_from_the_whole_data_set():
+    assert [main.spread(range(9), number).indices for number in (1, 3, 8, 9, 20)] == [
+        [0], [0, 3, 6], [0, 1, 2, 3, 4, 5, 6, 7], list(range(9)), list(range(9))]
+
+
+def test_large_sheets_show_the_first_images(digits_run, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(main, 'SHEET_IMAGES', 3)
+    monkeypatch.setattr(main, 'draw_sheets', lambda model, loader, classes: [
+        shown.append(len(loader.dataset)) or Image.new('RGB', (1, 1))] * 2)
+    main.main(parse_args([*PLAIN, '--output_dir', str(tmp_path), '--resume', str(digits_run[1] / 'checkpoint.pth'),
+                          '--visualize_mask', '--n_visualization', '5']))
+    assert shown == [3] and len(list(tmp_path.glob('*.jpg'))) == 5 * 4
+
+
+def images_logged(folder):
+    """[(tag, step, picture (H, W, 3))] of TensorBoard's files."""
+    images = []
+    for path in sorted(Path(folder).glob('events.out.tfevents*')):
+        data, start = path.read_bytes(), 0
+        while start < len(data):                                                       # length, its sum, event, its sum
+            length, = struct.unpack_from('<Q', data, start)
+            event = event_pb2.Event.FromString(data[start + 12:start + 12 + length])
+            images += [(value.tag, event.step, open_picture(io.BytesIO(value.image.encoded_image_string)))
+                       for value in event.summary.value if value.HasField('image')]
+            start += 16 + length
+    return images
+
+
+def test_tensorboard_shows_the_same_images_at_every_evaluation_and_training_does_not_notice(image_folder, tmp_path):
+    flags = [*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '3', '--eval-interval', '2']
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'with')]))
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'without'), '--no-log-masks']))
+    images = images_logged(tmp_path / 'with')
+    assert [image[:2] for image in images] == [('masks', 1), ('masks', 2)] and not images_logged(tmp_path / 'without')
+    before, after = (image[2] for image in images)
+    assert before.shape == after.shape and not torch.equal(before, after)
+    inputs = [np.s_[40:200, left:left + 180] for left in (4, 796)]                     # the first column of each half
+    assert all(torch.equal(before[place], after[place]) and before[place].float().std() > 1 for place in inputs)
+    assert (before[40:200, 200:790] == 0).all(-1).any() and (after[40:200, 200:790] == 0).all(-1).any()
+    one, other = (checkpoint(tmp_path / name) for name in ('with', 'without'))
+    for state in one, other:
+        state.pop('args')
+    assert_same(one, other)
+
+
+def test_drawing_sheets_moves_no_generator_and_changes_no_mode(image_folder):
+    args = parse_args([*TINY, '--data-path', str(image_folder), '--batch-size', '8'])
+    dataset = main.build_loaders(args, torch.device('cpu'))[1].dataset
+    model = main.build_model(args, 3).train()
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    grid, attention = main.sheets_of(args, model, main.spread(dataset, 8), dataset.classes, torch.device('cpu'))
+    assert grid.size == attention.size and grid.tobytes() != attention.tobytes()
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2] and all(module.training for module in model.modules())
+
+
+def test_masks_are_logged_of_an_evit_in_the_first_process_with_a_folder_alone(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(main, 'sheets_of', lambda *_: drawn.append(1) or (np.zeros((1, 1, 3)), None))
+    monkeypatch.setattr(main, 'spread', lambda *_: None)
+
+    class Output:
+        folder, writer = 'folder', SimpleNamespace(add_image=lambda *_, **settings: None)
+
+    dataset = SimpleNamespace(classes=[])
+    for flags, folder, calls in (([], 'folder', 1), ([], None, 0), (['--no-log-masks'], 'folder', 0),
+                                 (['--model', 'deit_tiny_patch16_224'], 'folder', 0)):
+        drawn.clear()
+        Output.folder = folder
+        main.log_masks(parse_args(flags), None, dataset, Output, 0, torch.device('cpu'))
+        assert len(drawn) == calls, flags
 
 
 @pytest.mark.gpu

@@ -1,16 +1,21 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import normalize
 
 import models_evit  # noqa: F401, registers the models
-from visualize_mask import compose_positions, denormalize, kept_patches, mask_images, save_jpeg, save_masked
+import visualize_mask
+from conftest import ROOT
+from visualize_mask import (ABSENT, HEAT, SHEET_WIDTH, attention_images, compose_positions, contact_sheet, denormalize,
+                            draw_sheets, fit, kept_patches, mask_images, observe, save_jpeg, save_masked, shorten,
+                            to_bytes)
 
 TINY = 'deit_tiny_patch16_shrink_base'
 TINY_DISTILLED = 'deit_tiny_distilled_patch16_shrink_base'
@@ -83,6 +88,12 @@ def test_fused_token_kept_and_fused_again_stands_for_no_patch():
     assert compose_positions(kept, 1, 4)[0].int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
 
 
+def test_a_stage_that_keeps_all_changes_nothing():
+    kept = [None, torch.tensor([[3, 0]]), None, torch.tensor([[2, 1]])]
+    assert compose_positions(kept, 1, 4)[0].int().tolist() == [
+        [1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0]]
+
+
 @pytest.mark.parametrize('fuse', [False, True])
 @pytest.mark.parametrize('name, kwargs, size, grid', MODELS)
 def test_model_keeps_exact_counts_in_nested_masks(name, kwargs, size, grid, fuse):
@@ -106,10 +117,34 @@ def test_model_keeps_exact_counts_in_nested_masks(name, kwargs, size, grid, fuse
 def test_keep_rate_is_that_of_the_call():
     model, images = create(), random_images()
     assert kept_patches(model, images, keep_rate=0.5).sum((0, 2, 3)).tolist() == [3 * 8, 3 * 4, 3 * 2]
-    assert kept_patches(model, images, keep_rate=1.).shape == (3, 0, 4, 4)
     rates = [1.] * 12
     rates[5] = 0.5
-    assert kept_patches(model, images, keep_rate=rates).sum((0, 2, 3)).tolist() == [3 * 8]
+    seen = observe(model, images, keep_rate=rates)
+    assert seen.blocks == [3, 5, 6, 9] and seen.kept.sum((0, 2, 3)).tolist() == [3 * 16, 3 * 8, 3 * 8, 3 * 8]
+
+
+def test_at_rate_1_nothing_is_masked_and_all_is_attended_to():
+    seen = observe(create(), random_images(), keep_rate=1.)
+    assert seen.blocks == [3, 6, 9] and seen.kept.shape == (3, 3, 4, 4) and seen.kept.all()
+    assert (seen.attention > 0).all() and (seen.attention.sum((2, 3)) < 1).all()
+    assert observe(create(drop_loc=()), random_images()).kept.shape == (3, 0, 4, 4)
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_observing_leaves_the_model_as_it_was(checkpointing):
+    model, images = create(TINY_DISTILLED, proj_drop_rate=0.5, drop_path_rate=0.5), random_images()
+    model.set_grad_checkpointing(checkpointing)
+    expected = model(images)
+    model.blocks[2].train()
+    model.training = True                                   # as distillation has it: the model, not all of its layers
+    model.set_distilled_training()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    seen = observe(model, images)
+    assert torch.equal(seen.logits, expected)
+    assert [module.training for module in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not seen.logits.requires_grad and not seen.attention.requires_grad
 
 
 def attend_to_brightness(model):
@@ -150,6 +185,41 @@ def test_model_with_attention_set_by_hand_keeps_the_patches_set(name, sign, fuse
         fused_kept = stage if fuse and sign < 0 else 0
         assert torch.equal(masks[:, stage], (rank < k - fused_kept).view(3, 4, 6))
         num_tokens = k + fuse
+
+
+@pytest.mark.parametrize('fuse', [False, True])
+@pytest.mark.parametrize('name', [TINY, TINY_DISTILLED])
+def test_attention_set_by_hand_is_told_of_the_patches_that_are_seen(name, fuse):
+    """A head has 16 channels: queries of 1, keys of a patch's brightness b, and so logits of 16 b / √16 = 4 b."""
+    model = attend_to_brightness(create(name, img_size=(64, 96), fuse_token=fuse))
+    if model.num_prefix_tokens == 2:
+        nn.init.zeros_(model.dist_token)
+    brightness = torch.rand(3, 24, generator=torch.Generator().manual_seed(2))
+    images = brightness.view(3, 1, 4, 6).repeat_interleave(16, 2).repeat_interleave(16, 3).expand(-1, 3, -1, -1)
+
+    seen = observe(model, images)
+    assert seen.attention.shape == (3, 3, 4, 6)
+    attention, kept = seen.attention.flatten(2), seen.kept.flatten(2)
+    whole = brightness.mul(4).exp()
+    torch.testing.assert_close(attention[:, 0], whole / (whole.sum(1, keepdim=True) + model.num_prefix_tokens))
+    for stage in (1, 2):
+        assert torch.equal(~attention[:, stage].isnan(), kept[:, stage - 1])           # candidates: what was left
+        for b in range(3):
+            left = kept[b, stage - 1]
+            constant = attention[b, stage, left].log() - 4 * brightness[b, left]
+            torch.testing.assert_close(constant, constant[:1].expand_as(constant), atol=1e-3, rtol=0)
+            total = attention[b, stage, left].sum() + model.num_prefix_tokens * constant[0].exp()
+            assert total < 0.999 if fuse else total == pytest.approx(1, abs=1e-3)      # a fused token has the rest
+
+
+@pytest.mark.parametrize('name, kwargs, size, grid', MODELS)
+def test_what_is_kept_was_attended_to_most(name, kwargs, size, grid):
+    seen = observe(create(name, fuse_token=True, **kwargs), random_images(size))
+    attention = seen.attention
+    assert attention.shape == (3, 3, *grid)
+    least_kept = attention.masked_fill(~seen.kept, math.inf).amin((2, 3))
+    most_dropped = attention.nan_to_num(0).masked_fill(seen.kept, 0).amax((2, 3))
+    assert (least_kept >= most_dropped).all() and (most_dropped > 0).all()
 
 
 @pytest.mark.parametrize('name, kwargs, size, grid', MODELS)
@@ -224,12 +294,156 @@ def test_processes_that_share_a_folder_miss_and_overwrite_nothing(tmp_path):
         assert (read(tmp_path / 'one' / name) - read(tmp_path / 'two' / name)).abs().max() < 0.02
 
 
-def test_rate_1_writes_the_inputs_alone(tmp_path):
+def test_rate_1_writes_the_input_for_each_stage(tmp_path):
     save_masked(create(), random_images(batch_size=2), [0, 1], tmp_path, keep_rate=1.)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['img_0_a.jpg', 'img_1_a.jpg']
+    assert len(list(tmp_path.iterdir())) == 2 * 4
+    for i in range(2):
+        for stage in range(3):
+            assert (tmp_path / f'img_{i}_l{stage}.jpg').read_bytes() == (tmp_path / f'img_{i}_a.jpg').read_bytes()
 
 
 def test_wrong_number_of_indices_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match='2 indices for 3 images'):
         save_masked(create(), random_images(), [0, 1], tmp_path / 'none')
     assert not (tmp_path / 'none').exists()
+
+
+# --- Heat maps and sheets -------------------------------------------------------------------------------------------
+
+def test_heat_maps_go_from_least_to_most_and_leave_out_what_was_not_seen():
+    mean, std = (0.3, 0.5, 0.7), (0.2, 0.3, 0.4)
+    pixels = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0))       # 1 more than whole patches
+    attention = torch.tensor([[[[0.1, 0.5, math.nan], [0.2, 0.3, 0.15]], [[0.25] * 3] * 2, [[math.nan] * 3] * 2]])
+    stops = torch.tensor(HEAT) / 255
+    between = (stops[0] + stops[1]) / 2
+    expected = [[[stops[0], stops[4], None], [stops[1], stops[2], between]], [[stops[0]] * 3] * 2, [[None] * 3] * 2]
+    images = normalize(pixels, mean, std)
+    before = images.clone()
+    maps = attention_images(images, attention, (4, 4), mean, std)
+    assert maps.shape == (1, 3, 3, 9, 13) and torch.equal(images, before)
+    grey = (pixels[0] * torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(0)
+    for stage in range(3):
+        assert (maps[0, stage, :, 8] == ABSENT).all() and (maps[0, stage, :, :, 12] == ABSENT).all()
+        for row in range(2):
+            for col in range(3):
+                patch = np.s_[..., 4 * row:4 * row + 4, 4 * col:4 * col + 4]
+                color = expected[stage][row][col]
+                wanted = torch.full((3, 4, 4), ABSENT) if color is None else (
+                    0.4 * grey[patch] + 0.6 * color.view(3, 1, 1))
+                torch.testing.assert_close(maps[0, stage][patch], wanted, atol=1e-4, rtol=0)
+
+
+def drawn(monkeypatch, *arguments):
+    """The sheet of `contact_sheet`, and its texts as [(text, (left, top, right, bottom) of its ink)]."""
+    texts, text = [], ImageDraw.ImageDraw.text
+
+    def note(self, xy, string, fill, font):
+        texts.append((string, self.textbbox(xy, string, font)))
+        text(self, xy, string, fill, font)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', note)
+    return contact_sheet(*arguments), texts
+
+
+@pytest.mark.parametrize('number, columns, size, picture, across', [
+    (1, 4, (48, 48), (192, 192), 1), (4, 4, (224, 224), (224, 224), 1), (5, 4, (48, 48), (192, 192), 2),
+    (8, 4, (288, 288), (203, 203), 2), (8, 4, (160, 406), (80, 203), 2), (12, 4, (224, 224), (133, 133), 3),
+    (18, 4, (48, 48), (96, 96), 4), (13, 4, (32, 64), (32, 64), 4), (3, 4, (300, 10), (224, 7), 1),
+    (18, 4, (40, 10), (80, 20), 4), (7, 13, (224, 224), (124, 124), 1), (70, 1, (90, 90), (89, 89), 16),
+    (9, 1, (224, 224), (224, 224), 3)])
+def test_a_sheet_holds_every_picture_in_its_place_under_its_header(number, columns, size, picture, across, monkeypatch):
+    headers = ['input image', *(f'layer {i + 1}' for i in range(columns - 1))]
+    colors = torch.arange(1, number * columns + 1).view(number, columns)
+    rows = [torch.stack([color % 256, color // 256, torch.full_like(color, 77)], dim=1).byte().view(columns, 3, 1, 1)
+            .expand(-1, -1, *size) for color in colors]
+    captions = [(f'true: {i}', 'predicted: ' + 'sulphur-crested cockatoo ' * 20) for i in range(number)]
+    sheet, texts = drawn(monkeypatch, rows, headers, captions)
+    assert sheet.mode == 'RGB' and sheet.width <= SHEET_WIDTH
+    pixels = np.asarray(sheet).astype(int)
+    number_of = np.where(pixels[..., 2] == 77, pixels[..., 0] + 256 * pixels[..., 1], 0)
+
+    places = {}
+    for i in range(number):
+        for column in range(columns):
+            y, x = np.nonzero(number_of == colors[i, column].item())
+            assert len(y) == picture[0] * picture[1], (i, column)                      # nothing is drawn over it
+            assert (y.max() - y.min() + 1, x.max() - x.min() + 1) == picture
+            places[i, column] = x.min(), y.min(), x.max(), y.max()
+    assert len({places[i, 0][1] for i in range(number)}) == math.ceil(number / across)
+    for i in range(across, number):
+        assert places[i, 0][0] == places[i - across, 0][0]                             # below one another
+    for i in range(number - 1):
+        assert (places[i, 0][1], places[i, 0][0]) < (places[i + 1, 0][1], places[i + 1, 0][0])
+
+    boxes = dict(zip([text for text, _ in texts], [box for _, box in texts]))
+    for text, (left, top, right, bottom) in texts:
+        assert 0 <= left and right <= sheet.width and 0 <= top and bottom <= sheet.height, text
+    heads = [(text, box) for text, box in texts if text in headers]
+    assert [text for text, _ in heads] == headers * min(across, number)
+    for place, (text, box) in enumerate(heads):
+        picture_place = places[place // columns, place % columns]
+        assert abs(box[0] - picture_place[0]) <= 3 and box[3] <= picture_place[1]
+        if place + 1 < len(heads):
+            assert box[2] < heads[place + 1][1][0]                                     # no header runs into the next
+    long = [box for text, box in texts if text.startswith('predicted: ')]
+    assert len(long) == number and all(text.endswith('…') for text, _ in texts if text.startswith('predicted: '))
+    for i in range(number):
+        assert boxes[f'true: {i}'][1] > places[i, 0][3] and long[i][1] > boxes[f'true: {i}'][1]
+        if i + across < number:
+            assert long[i][3] <= places[i + across, 0][1]
+        if (i + 1) % across and i + 1 < number:
+            assert long[i][2] < places[i + 1, 0][0]
+
+
+def test_small_pictures_are_enlarged_by_whole_pixels_and_large_ones_are_smooth():
+    digit = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sheet = np.asarray(contact_sheet([digit], [''], [('',)]))
+    enlarged = digit[0].permute(1, 2, 0).repeat_interleave(5, 0).repeat_interleave(5, 1).numpy()
+    y, x = np.argwhere((sheet != 255).any(-1))[0]
+    np.testing.assert_array_equal(sheet[y:y + 200, x:x + 200], enlarged)
+    lines = (torch.arange(448) % 2 * 255).byte().expand(1, 3, 448, 448)                # columns in black and white
+    assert 100 < np.asarray(contact_sheet([lines], [''], [('',)]))[100, 100].mean() < 160
+    assert [fit(48, 48, 100), fit(130, 60, 200), fit(400, 200, 100), fit(1, 900, 90)] == [
+        (96, 96), (130, 60), (100, 50), (1, 90)]
+
+
+def test_names_are_shortened_to_the_measured_width():
+    font = ImageFont.load_default(16)
+    name = 'sulphur-crested cockatoo, Kakatoe galerita'
+    assert shorten(name, font, font.getlength(name)) == name
+    for width in range(30, int(font.getlength(name)), 7):
+        short = shorten(name, font, width)
+        assert short.endswith('…') and name.startswith(short[:-1]) and font.getlength(short) <= width
+        assert font.getlength(name[:len(short)] + '…') > width
+    assert shorten('Käfer, naïve Ærø 鳥', font, 999) == 'Kafer, naive ?r? ?'
+
+
+@pytest.mark.parametrize('name, kwargs, size, grid', MODELS)
+def test_sheets_show_the_input_the_stages_and_the_classes(name, kwargs, size, grid, monkeypatch):
+    mean, std = (0.3, 0.5, 0.7), (0.2, 0.3, 0.4)
+    model, images = create(name, num_classes=3, drop_loc=(2, 5), fuse_token=True, **kwargs), random_images(size)
+    sheets = []
+    monkeypatch.setattr(visualize_mask, 'contact_sheet', lambda *arguments: sheets.append(arguments) or len(sheets))
+    batches = [(images[:2], torch.tensor([2, 0])), (images[2:], torch.tensor([1]))]
+    assert draw_sheets(model, batches, ['a', 'b', 'c'], 0.5, mean, std) == (1, 2)
+    seen, patch_size = observe(model, images, 0.5), model.patch_embed.patch_size
+    pictures = (mask_images(images, seen.kept, patch_size, mean, std),
+                attention_images(images, seen.attention, patch_size, mean, std))
+    for stages, (rows, headers, captions) in zip(pictures, sheets):
+        assert headers == ['input image', 'layer 3', 'layer 6']
+        assert captions == [(f'true: {true}', f'predicted: {"abc"[guess]}')
+                            for true, guess in zip('cab', seen.logits.argmax(1))]
+        for b in range(3):
+            assert torch.equal(rows[b][:1], to_bytes(denormalize(images[b:b + 1], mean, std)))
+            assert (rows[b][1:].int() - to_bytes(stages[b]).int()).abs().max() <= 1
+
+
+def test_the_lines_of_the_readme_for_a_notebook_run():
+    block, = (block for block in (ROOT / 'README.md').read_text().split('```') if 'kept_patches' in block)
+    lines = block.removeprefix('python\n').splitlines()
+    assert len(lines) == 5
+    shown = []
+    names = dict(model=create(num_classes=2).train(), images=random_images(), labels=torch.tensor([0, 1, 1]),
+                 classes=['cat', 'dog'], plt=SimpleNamespace(imshow=shown.append))
+    exec('\n'.join(lines), names)
+    assert shown[0].shape == (64, 64, 3) and names['grid'].size == names['attention'].size
