@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from utils import Progress, all_reduce_sum, log, rank, seed_all
+from utils import Progress, all_reduce_sum, eval_mode, log, rank, seed_all
 
 
 def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_rate):
@@ -81,19 +81,17 @@ def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50):
     Returns:
         Dict of acc1 and acc5 in percent, loss, and the number of images they are over.
     """
-    training = model.training
-    model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)            # correct at 1, correct at 5, loss, images
     progress = Progress('Test:', len(loader), print_freq, device)
-    for images, labels in loader:
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            logits = model(images).float()                                 # (B, C)
-        loss = F.cross_entropy(logits, labels)
-        correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        totals += torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss.double() * len(images),
-                               torch.full_like(totals[3], len(images))])
-        progress.update(loss, len(images))
-    model.train(training)
+    with eval_mode(model):
+        for images, labels in loader:
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                logits = model(images).float()                             # (B, C)
+            loss = F.cross_entropy(logits, labels)
+            correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+            totals += torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss.double() * len(images),
+                                   torch.full_like(totals[3], len(images))])
+            progress.update(loss, len(images))
     correct1, correct5, loss_sum, num_images = (all_reduce_sum(totals) if sharded else totals).tolist()
     acc1, acc5, loss = 100 * correct1 / num_images, 100 * correct5 / num_images, loss_sum / num_images
     log(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')

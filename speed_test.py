@@ -54,7 +54,7 @@ from datasets import SeededDataset, build_dataset, build_loader
 from folder2lmdb import ImageFolderLMDB
 from models_evit import VARIANTS
 from samplers import EvalSampler, TrainSampler
-from utils import ArgumentParser, CompiledModel, InputError, allow_fast_kernels, one_line
+from utils import ArgumentParser, CompiledModel, InputError, allow_fast_kernels, eval_mode, one_line
 
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError.
 FAILURES = (AssertionError, RuntimeError, TypeError, ValueError)
@@ -157,19 +157,6 @@ class Throughput:
 
     def __str__(self):
         return f'{self.span} images/s; {self.protocol}'
-
-
-@contextmanager
-def eval_mode(*models):
-    """Put models into eval mode, and afterwards each of their modules back into the mode it had."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:      # parents come first, so that the last word on a module is its own
-            module.train(training)
 
 
 def classify(model, images, keep_rate=None):

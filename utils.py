@@ -1,5 +1,6 @@
-"""What every entry point shares: user errors, random seeds, the process group, kernels, log lines, checkpoints."""
+"""What every entry point shares: user errors, random seeds, the process group, models, log lines, checkpoints."""
 import argparse
+import contextlib
 import datetime
 import functools
 import math
@@ -113,13 +114,26 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-# --- Kernels --------------------------------------------------------------------------------------------------------
+# --- Models --------------------------------------------------------------------------------------------------------
 
 def allow_fast_kernels(device):
     """Let convolutions be tried out, and on a GPU, products of float32 matrices be of TF32, as when EViT was made."""
     torch.backends.cudnn.benchmark = True
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
+
+
+@contextlib.contextmanager
+def eval_mode(*models):
+    """Put models into eval mode, and afterwards each of their modules back into the mode it had."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class CompiledModel(nn.Module):

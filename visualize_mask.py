@@ -22,6 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
+from utils import eval_mode
+
 SHEET_WIDTH = 1680     # pixels at most, unless the headers of very many stages need more
 SHEET_IMAGES = 128     # more than these would make a sheet that no one can look through
 HEAT = (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)       # viridis, from least to most
@@ -85,7 +87,7 @@ def observe(model, images, keep_rate=None):
     """
     blocks = [i for i, rate in enumerate(model.block_keep_rates(keep_rate)) if rate < 1 or i in model.drop_loc]
     kept, scores = [], []
-    with evaluation_mode(model), contextlib.ExitStack() as hooks:
+    with eval_mode(model), contextlib.ExitStack() as hooks:
         for block in (model.blocks[i] for i in blocks):
             # Computed again, because a block that keeps all of its tokens asks for no scores
             hooks.enter_context(block.attn.register_forward_hook(
@@ -100,18 +102,6 @@ def observe(model, images, keep_rate=None):
         stage.scatter_(1, patches[:, :row.shape[1]], row)
     return Observation(blocks, compose_positions(kept, *shape, images.device).unflatten(-1, grid_size),
                        attention[..., :-1].unflatten(-1, grid_size), logits)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model):
-    """Evaluation mode for a while, then each module as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def kept_patches(model, images, keep_rate=None):
