@@ -94,16 +94,25 @@ class ScoringAttention(Attention):
         return self.proj_drop(self.proj(x)), class_attention(q, k, self.scale)
 
 
+class InplaceGELU(nn.GELU):
+    """nn.GELU that overwrites its input where no gradient needs it: the hidden layer of an MLP is there once."""
+
+    def forward(self, x):
+        return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
 class EViTBlock(Block):
     """timm's Block that can reorganise its tokens between attention and MLP.
 
-    Modifications: `keep_rate`, `fuse_token` and `num_prefix_tokens`, which the model sets. The prefix tokens (class,
-    distillation, registers) are protected: never candidates, never dropped. A block whose rate keeps all tokens is
-    timm's block.
+    Modifications: GELU in place; `keep_rate`, `fuse_token` and `num_prefix_tokens`, which the model sets. The prefix
+    tokens (class, distillation, registers) are protected: never candidates, never dropped. A block whose rate keeps all
+    tokens computes what timm's block does.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{**kwargs, 'attn_layer': ScoringAttention})
+        if type(self.mlp.act) is nn.GELU:
+            self.mlp.act = InplaceGELU()
         self.keep_rate = 1.
         self.fuse_token = False
         self.num_prefix_tokens = 1
@@ -185,7 +194,7 @@ class TokenReorganization:
         x = self.norm_pre(self.patch_drop(x))
         kept = []
         rates = self.block_keep_rates(keep_rate if tokens is None else 1.)
-        for block, rate, k in zip(self.blocks, rates, tokens or len(rates) * [None], strict=True):
+        for block, rate, k in zip(self.blocks, rates, len(rates) * [None] if tokens is None else tokens, strict=True):
             run = partial(checkpoint, block) if self.grad_checkpointing else block
             x, idx = run(x, rate, k, True)
             if idx is not None:

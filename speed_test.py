@@ -108,7 +108,10 @@ class Protocol:
     @property
     def dtype(self):
         name = str(self.amp_dtype).removeprefix('torch.')
-        return name if self.amp_dtype == torch.float32 else f'{name} autocast'
+        if self.amp_dtype != torch.float32:
+            return f'{name} autocast'
+        tf32 = self.device.type == 'cuda' and torch.get_float32_matmul_precision() != 'highest'
+        return f'{name} (TF32 products)' if tf32 else name
 
     def __str__(self):
         rate = '' if self.keep_rate is None else f', keep rate {self.keep_rate}'
@@ -184,6 +187,7 @@ def compile_forward(model, protocol):
 
 def training_step(model, protocol):
     """A function that trains a model, put into train mode, on the same batch again."""
+    model.zero_grad()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.05, fused=True)
     scaler = torch.amp.GradScaler(protocol.device.type, enabled=protocol.amp_dtype == torch.float16)
     model_ema = ModelEmaV3(model, decay=0.99996)
@@ -302,7 +306,8 @@ def macs(model, input_size=224, keep_rate=None):
 def peak_memory(model, protocol):
     """Peak MiB of a measured pass: weights, images, activations, no other model on the GPU; None but on CUDA.
 
-    Resets torch's own peak statistics.
+    Of a compiled model, which must not have run yet, compiling and recording are part of it. Resets torch's own peak
+    statistics.
     """
     if protocol.device.type != 'cuda':
         return None
@@ -344,7 +349,8 @@ class PlainEViT(nn.Module):
             if k < num_tokens:
                 scores = attention[:, :, 0, prefix:].mean(dim=1)                       # (B, N)
                 x = torch.cat([x[:, :prefix], self.reorganize(x[:, prefix:], scores, k, block.fuse_token)], dim=1)
-            x = x + block.ls2(block.mlp(block.norm2(x)))
+            mlp = block.mlp
+            x = x + block.ls2(mlp.fc2(F.gelu(mlp.fc1(block.norm2(x)))))
         return model.forward_head(model.norm(x))
 
     @staticmethod
@@ -434,13 +440,18 @@ def build_model(candidate, fuse_token):
 
 
 def largest_batch(model, protocol):
-    """The largest power of two of images, at most 4096, that the GPU has memory for; tried without compiling."""
+    """The largest power of two of images, at most 4096, that take a quarter of the GPU's memory, found uncompiled.
+
+    A quarter, because the models that are compared are there together, and a compiled one takes more.
+    """
+    quarter = torch.cuda.get_device_properties(protocol.device).total_memory / 2**20 / 4
     fits = 1
     for batch_size in (2 ** i for i in range(1, 13)):
         try:
-            peak_memory(model, dataclasses.replace(protocol, batch_size=batch_size, compiled=False))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            memory = peak_memory(model, dataclasses.replace(protocol, batch_size=batch_size, compiled=False))
+        except RuntimeError:                                               # out of memory, or too much for a kernel
+            break
+        if memory > quarter:
             break
         fits = batch_size
     return fits
@@ -456,6 +467,19 @@ def prepare(candidate, protocol, fuse_token, plain=False):
     facts = {'protocol': protocol, 'gmacs': macs(model, protocol.input_size),
              'mparams': sum(p.numel() for p in model.parameters()) / 1e6, 'memory_mib': peak_memory(model, protocol)}
     return stopwatch(measured_pass(model, protocol), protocol), facts
+
+
+def describe(failure):
+    return ' '.join(f'{type(failure).__name__}: {failure}'.split())
+
+
+def window_or_failure(watch, row):
+    """Images/s of a window; NaN where it fails, which the row then tells, so that the others go on."""
+    try:
+        return watch()
+    except FAILURES as failure:
+        row['failure'] = describe(failure)
+        return math.nan
 
 
 def planned_rows(candidates, protocol, reference):
@@ -484,8 +508,9 @@ def compare(candidates, protocol, fuse_token, reference=False):
         protocol: where `input_size` is None, each model has its own; where `batch_size` is, the largest that fits.
         reference: measure the plain way of each EViT beside it.
     Returns:
-        for each row a dict of what was measured, or without `speed`, but with `failure`. `share` is that of a large
-        matrix product's rate, in the protocol's precision, which a training step counts three times its GMACs for.
+        for each row a dict of what was measured, or without `speed`, but with `failure`. `share` is that of the rate
+        of a large matrix product in the protocol's precision, for rows of that precision; a training step counts as
+        three passes.
     """
     rows, stopwatches = [], []
     for candidate, label, settings, plain in planned_rows(candidates, protocol, reference):
@@ -498,18 +523,21 @@ def compare(candidates, protocol, fuse_token, reference=False):
         try:
             watch, facts = prepare(candidate, settings, fuse_token, plain)
         except FAILURES as failure:
-            rows[-1]['failure'] = ' '.join(f'{type(failure).__name__}: {failure}'.split())
+            rows[-1]['failure'] = describe(failure)
         else:
             rows[-1].update(facts)
-            stopwatches.append(watch)
+            stopwatches.append(functools.partial(window_or_failure, watch, rows[-1]))
     measured = [row for row in rows if 'failure' not in row]
     product, product_gmacs = matrix_product(protocol)
     one = dataclasses.replace(protocol, batch_size=1)
     *speeds, products = time_in_turn([*stopwatches, stopwatch(product, one)],
                                      [*(row['protocol'] for row in measured), one])
     for row, speed in zip(measured, speeds, strict=True):
+        if 'failure' in row:
+            continue
         row['speed'] = speed
-        row['share'] = speed.ratio_to(products) * row['gmacs'] * (3 if protocol.train else 1) / product_gmacs
+        if row['protocol'].amp_dtype == protocol.amp_dtype:
+            row['share'] = speed.ratio_to(products) * row['gmacs'] * (3 if protocol.train else 1) / product_gmacs
         if 'failure' not in rows[-1]:
             row['ratio'] = speed.ratio_to(speeds[-1])
     return rows
@@ -526,8 +554,9 @@ def format_table(rows):
             continue
         ratio = f'{row["ratio"]:.3f}' if 'ratio' in row else '–'
         memory = '–' if row['memory_mib'] is None else f'{row["memory_mib"]:.0f}'
+        share = f'{100 * row["share"]:.1f}' if 'share' in row else '–'
         yield (f'{row["model"]:{width}} {row["input_size"]:5} {row["protocol"].batch_size:5} {row["speed"].span:>28} '
-               f'{ratio:>6} {row["gmacs"]:7.3f} {row["mparams"]:8.2f} {memory:>10} {100 * row["share"]:11.1f} '
+               f'{ratio:>6} {row["gmacs"]:7.3f} {row["mparams"]:8.2f} {memory:>10} {share:>11} '
                f'{row["top1"] or "–":>5}')
 
 
@@ -549,25 +578,29 @@ def plot(path, rows, title):
     import matplotlib                                                                  # nothing else needs it
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout='constrained')
-    rows = [row for row in rows if 'speed' in row and row['top1']]
-    evits = sorted((row['speed'].median, row['top1'], row['model']) for row in rows if '@' in row['model'])
-    others = [(row['speed'].median, row['top1'], row['model']) for row in rows if '@' not in row['model']]
-    for points, line, name in ((evits, 'o-', 'EViT-DeiT-S at keep rates 0.5 to 0.9'), (others, 's', 'other models')):
-        if points:
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], line, label=name)
-    for x, y, model in evits + others:
-        axes.annotate(model.removeprefix(f'{EVIT_SMALL}@'), (x, y), xytext=(4, 4), textcoords='offset points',
-                      fontsize=8)
+    figure, axes = pyplot.subplots(figsize=(9, 7), layout='constrained')
+    points = sorted((row['speed'].median, row['top1'], row['model']) for row in rows
+                    if 'speed' in row and row['top1'] and not row['model'].startswith('plain'))
+    evits = sorted((point for point in points if '@' in point[2]), key=lambda point: point[2])     # by keep rate
+    others = [point for point in points if point not in evits]
+    for group, line, name in ((evits, 'o-', 'EViT-DeiT-S at keep rates 0.5 to 0.9'), (others, 's', 'other models')):
+        if group:
+            axes.plot([x for x, _, _ in group], [y for _, y, _ in group], line, label=name)
+    for x, y, model in evits:
+        axes.annotate(model.partition('@')[2], (x, y), xytext=(0, 6), textcoords='offset points', ha='center')
+    for i, (x, y, model) in enumerate(others):
+        side = 1 if i >= len(others) // 2 else -1                                  # outward, where there is room
+        axes.annotate(model.partition('_patch')[0], (x, y), xytext=(6 * side, 0), textcoords='offset points',
+                      ha='left' if side > 0 else 'right', va='center', fontsize=8)
     axes.set(xscale='log', xlabel='images/s', ylabel='ImageNet top-1, %, as reported by the papers')
     axes.xaxis.set_major_formatter('{x:g}')
     axes.xaxis.set_minor_formatter('{x:g}')
     axes.margins(x=0.15)
     axes.set_title(textwrap.fill(title, 110), fontsize=8)
     axes.grid(alpha=0.3)
-    if rows:
+    if points:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format='png', dpi=120)
     pyplot.close(figure)
 
 
@@ -812,7 +845,7 @@ def parse_args(argv=None):
     parser.add_argument('--input-size', type=positive(int),
                         help="pixels, for all models; without, each model's own, and 224 for --loader")
     parser.add_argument('--batch-size', type=batch_size, default=16,
-                        help='a number, or auto: the largest power of two that the GPU has memory for')
+                        help='a number, or auto: the largest power of two that takes a quarter of the GPU\'s memory')
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto')
     parser.add_argument('--amp-dtype', choices=['float32', 'bfloat16', 'float16'], default='float32')
     parser.add_argument('--fuse-token', action=argparse.BooleanOptionalAction, default=True,

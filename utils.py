@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import torch
+import torch._dynamo.config
 import torch.distributed as dist
 import torch.nn as nn
 
@@ -161,6 +162,12 @@ class CompiledModel(nn.Module):
 
     def forward(self, images, keep_rate=None):
         """As the model's; `keep_rate` is for an EViT."""
+        # A few graphs more than torch's 8 are needed where blocks begin to drop one after another. And DDP must not
+        # cut the model into several, whose numbers of tokens would be variables between them.
+        with torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False):
+            return self.choose_graph(images, keep_rate)
+
+    def choose_graph(self, images, keep_rate):
         static = self.train_graph if torch.is_grad_enabled() else self.eval_graph
         if keep_rate is None:
             return static(images)

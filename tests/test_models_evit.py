@@ -258,6 +258,16 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_gelu_overwrites_its_input_only_where_no_gradient_needs_it():
+    gelu, x = tiny().blocks[0].mlp.act, torch.randn(2, 5, requires_grad=True)
+    hidden = x * 1
+    expected = F.gelu(hidden)
+    assert torch.equal(gelu(hidden), expected) and torch.equal(hidden, x)
+    with torch.no_grad():
+        assert gelu(hidden) is hidden and torch.equal(hidden, expected)
+    assert isinstance(tiny(act_layer=torch.nn.ReLU).blocks[0].mlp.act, torch.nn.ReLU)
+
+
 def test_reset_classifier_and_features():
     model = tiny()
     model.reset_classifier(3)
@@ -339,6 +349,30 @@ def test_shrinking_takes_a_bounded_number_of_graphs(fuse_token, compiled_graphs)
     # Training: all tokens, numbers that are variables (after the first, which is taken for a constant), the base rate.
     # Evaluation: a graph for each size of batch.
     assert len(seen) > 15 and len(compiled_graphs) == 4 + 2
+
+
+def test_blocks_that_begin_to_drop_one_after_another_take_a_graph_each(compiled_graphs):
+    """More than torch allows by default, with those of training and evaluation."""
+    model = tiny(patch_size=4, embed_dim=12, depth=8, drop_loc=tuple(range(1, 8)))
+    compiled, images = utils.CompiledModel(model, torch.device('cpu')), torch.randn(2, 3, 64, 64)
+    starts = [(255 - i) / (256 - i) - 1e-9 for i in range(7)]              # of dropping, of one block after the other
+    assert [sum(k is not None for k in model.token_counts(rate)) for rate in starts] == list(range(1, 8))
+    for rate in (1., *starts, 0.9, 0.8, 0.7):
+        compiled(images, keep_rate=rate).sum().backward()
+    with torch.no_grad():
+        for batch in (images, images[:1]):
+            compiled(batch)
+    assert len(compiled_graphs) > 8
+
+
+@pytest.mark.gpu
+def test_compiled_evaluation_replays_cuda_graphs():
+    model = tiny(fuse_token=True).cuda()
+    compiled = utils.CompiledModel(model, torch.device('cuda'))
+    with torch.no_grad():
+        for batch_size in (4, 3, 4, 3, 4):
+            images = torch.randn(batch_size, 3, 64, 64, device='cuda')
+            torch.testing.assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-4)
 
 
 def test_compiled_gradient_checkpointing_changes_no_gradient(compiled_graphs):
