@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from utils import Progress, all_reduce_sum, eval_mode, log, rank, seed_all
+from utils import Progress, all_reduce_sum, autocast, eval_mode, log, rank, seed_all
 
 
 def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_rate):
@@ -53,7 +53,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         batches = min(accum_steps, len(loader) - first)
         updates = step + 1 == first + batches
         with contextlib.nullcontext() if updates or not hasattr(model, 'no_sync') else model.no_sync():
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            with autocast(device, amp_dtype):
                 loss = criterion(images, model(images, **rate), labels)
             scaler.scale(loss / batches).backward()
         if updates:
@@ -85,7 +85,7 @@ def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50):
     progress = Progress('Test:', len(loader), print_freq, device)
     with eval_mode(model):
         for images, labels in loader:
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            with autocast(device, amp_dtype):
                 logits = model(images).float()                             # (B, C)
             loss = F.cross_entropy(logits, labels)
             correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)

@@ -478,8 +478,7 @@ def sheets_of(args, model, dataset, classes, device):
 
 def autocast(args, device):
     """The precision of evaluation, so that pictures and accuracy tell of one model."""
-    dtype = choose_amp_dtype(args.amp_dtype, device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return utils.autocast(device, choose_amp_dtype(args.amp_dtype, device))
 
 
 def make_folder(path):

@@ -54,7 +54,7 @@ from datasets import SeededDataset, build_dataset, build_loader
 from folder2lmdb import ImageFolderLMDB
 from models_evit import VARIANTS
 from samplers import EvalSampler, TrainSampler
-from utils import ArgumentParser, CompiledModel, InputError, allow_fast_kernels, eval_mode, one_line
+from utils import ArgumentParser, CompiledModel, InputError, allow_fast_kernels, autocast, eval_mode, one_line
 
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError.
 FAILURES = (AssertionError, RuntimeError, TypeError, ValueError)
@@ -167,13 +167,9 @@ def classify(model, images, keep_rate=None):
     return model(images) if keep_rate is None else model(images, keep_rate=keep_rate)
 
 
-def autocast(protocol):
-    return torch.autocast(protocol.device.type, protocol.amp_dtype, enabled=protocol.amp_dtype != torch.float32)
-
-
 def forward(model, images, protocol):
     """A pass in eval mode → logits; autocast as an evaluation enters it, anew for each batch."""
-    with torch.inference_mode(not protocol.gradients), autocast(protocol):
+    with torch.inference_mode(not protocol.gradients), autocast(protocol.device, protocol.amp_dtype):
         return classify(model, images, protocol.keep_rate)
 
 
@@ -199,7 +195,7 @@ def training_step(model, protocol):
     run = CompiledModel(model, protocol.device) if protocol.compiled else model
 
     def step():
-        with autocast(protocol):
+        with autocast(protocol.device, protocol.amp_dtype):
             loss = F.cross_entropy(classify(run, images, protocol.keep_rate), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -372,7 +368,7 @@ class PlainEViT(nn.Module):
         return torch.cat([tokens[:, :k], (weights * tokens[:, k:]).sum(dim=1, keepdim=True)], dim=1)
 
 
-# --- The comparison of models -----------------------------------------------------------------------------------------
+# --- The comparison of models ---------------------------------------------------------------------------------------
 
 class Candidate(NamedTuple):
     """A model to measure: timm's name, the base keep rate of an EViT, pixels a side; None for the model's own."""
@@ -491,12 +487,12 @@ def planned_rows(candidates, protocol, reference):
     for candidate in candidates:
         yield candidate, str(candidate), protocol, False
     alike = dataclasses.replace(protocol, compiled=False)
-    original = dataclasses.replace(alike, amp_dtype=torch.float32, gradients=True)
+    original = dataclasses.replace(alike, amp_dtype=torch.float32, gradients=not protocol.train)
     for candidate in candidates if reference else ():
         if candidate.name in VARIANTS:
             label = str(candidate).replace(candidate.name, 'plain')
             yield candidate, f'{label}, {alike.dtype}', alike, True
-            if original != alike and not (protocol.train and alike.amp_dtype == torch.float32):
+            if original != alike:
                 yield candidate, f'{label}, float32{"" if protocol.train else ", gradients on"}', original, True
 
 

@@ -115,13 +115,18 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-# --- Models --------------------------------------------------------------------------------------------------------
+# --- Models ---------------------------------------------------------------------------------------------------------
 
 def allow_fast_kernels(device):
     """Let convolutions be tried out, and on a GPU, products of float32 matrices be of TF32, as when EViT was made."""
     torch.backends.cudnn.benchmark = True
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
+
+
+def autocast(device, dtype):
+    """torch.autocast on a torch.device; float32 stands for none."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @contextlib.contextmanager
