@@ -1,18 +1,34 @@
-"""What the fault tests share: the undisturbed runs that all others are compared with, and the table of what was tried."""
-import pytest
+"""What the fault tests share: the undisturbed runs that others are compared with, and the table of what was tried."""
+import os
+import time
 
-from runs import train
+import pytest
+import torch
+
+os.environ['ARROW_DEFAULT_MEMORY_POOL'] = 'system'     # jemalloc has a thread, and processes are forked from this one
+from runs import train  # noqa: E402
 
 rows = pytest.StashKey()
+SEED = os.environ.get('FAULTS_SEED', str(int(time.time())))
 
 
 def pytest_configure(config):
     config.stash[rows] = []
+    torch.set_num_threads(1)                           # or a forked process would wait for threads it does not have
+
+
+def pytest_report_header():
+    return f'random moments follow from FAULTS_SEED={SEED}'
+
+
+@pytest.fixture(scope='session')
+def seed():
+    return SEED
 
 
 @pytest.fixture
 def table(request):
-    """table(faults, what): once a test has passed, add its row of README's table, so many faults tried, of which kind."""
+    """table(faults, what): once a test has passed, add its row of README's table: so many faults, of which kind."""
     return lambda faults, what: request.config.stash[rows].append((faults, what))
 
 
@@ -24,13 +40,17 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope='session')
 def undisturbed(tmp_path_factory):
-    """undisturbed(processes) → the output folder of a run of so many processes that nothing happened to."""
+    """undisturbed(processes) → the output folder of a run of so many processes that nothing happened to.
+
+    The user's command makes it, and its console is kept there.
+    """
     folders = {}
 
     def run(processes):
         if processes not in folders:
             folders[processes] = tmp_path_factory.mktemp(f'undisturbed{processes}')
-            train(folders[processes], processes=processes)
+            console = train(folders[processes], processes=processes)
+            (folders[processes] / 'console.txt').write_text(console)
         return folders[processes]
 
     return run

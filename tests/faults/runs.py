@@ -1,34 +1,52 @@
 """Runs of main.py on the digits as real processes, and the comparison of what two of them leave."""
 import json
+import multiprocessing
 import os
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
+from tensorboardX.proto import event_pb2
+
+import main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# 3 epochs of 22 steps, or of 11 in 2 processes, with everything that draws random numbers
-FLAGS = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--input-size', '32', '--batch-size', '64',
-         '--device', 'cpu', '--num_workers', '1', '--warmup-epochs', '1', '--shrink_start_epoch', '0',
-         '--shrink_epochs', '2', '--epochs', '3', '--lr', '2.4e-3', '--clip-grad', '1', '--dist-eval',
-         '--resume', 'auto', '--checkpoint-interval', '4']
+# 3 epochs of 20 steps, or of 10 in 2 processes, with everything that draws random numbers. Of 4 patches 2 and then 1
+# are kept, early, so that a step takes 0.2 s of a slow core.
+FLAGS = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--base_keep_rate', '0.3', '--drop_loc', '0,1,2',
+         '--input-size', '32', '--batch-size', '64', '--device', 'cpu', '--num_workers', '1', '--warmup-epochs', '1',
+         '--shrink_start_epoch', '0', '--shrink_epochs', '2', '--epochs', '3', '--lr', '2.4e-3', '--clip-grad', '1',
+         '--dist-eval', '--print-freq', '1', '--resume', 'auto', '--checkpoint-interval', '7']
+MIDDLE_SAVES = {1: 6, 2: 3}                            # of the 3 epochs, by number of processes
+fork = multiprocessing.get_context('fork')
 
+
+def group(processes):
+    """The environment of each process of a group, as torchrun would set it."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    return [{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes),
+             'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port} for rank in range(processes)]
+
+
+# --- By the command that users type ---------------------------------------------------------------------------------
 
 def start(folder, *flags, processes=1, main=ROOT / 'main.py', **options):
     """Start the processes of a run, without torchrun, so that each can be signalled → list of Popen."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    group = [{}] if processes == 1 else [
-        {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes),
-         'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)} for rank in range(processes)]
     return [subprocess.Popen(
         [sys.executable, str(main), *FLAGS, *map(str, flags), '--output_dir', str(folder)],
         env={**os.environ, 'OMP_NUM_THREADS': '1', **member}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, **options) for member in group]
+        text=True, **options) for member in group(processes)]
 
 
 def finish(run, timeout=300):
@@ -38,19 +56,164 @@ def finish(run, timeout=300):
 
 
 def train(folder, *flags, processes=1):
-    """A run to its end; fails where it does not end well."""
-    for status, out, err in finish(start(folder, *flags, processes=processes)):
+    """A run to its end; fails where it does not end well. → the console of its first process."""
+    ends = finish(start(folder, *flags, processes=processes))
+    for status, out, err in ends:
         assert status == 0, out + err
+    return ends[0][1]
 
+
+# --- Without the 10 s in which a slow core reads torch and timm ------------------------------------------------------
+
+class Forked:
+    """Processes of a group that each call function(rank), forked from this one, which has imported main.py already.
+
+    Each leads a process group of its own, with its DataLoader workers in it. Whatever lives is killed in the end.
+    """
+
+    def __init__(self, function, processes=1):
+        self.consoles = tempfile.TemporaryDirectory()
+        self.processes = [fork.Process(target=self._call, args=(function, rank, member))
+                          for rank, member in enumerate(group(processes))]
+        for process in self.processes:
+            process.start()
+        self.pids = [process.pid for process in self.processes]
+
+    def _call(self, function, rank, environment):
+        os.setsid()
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        for number, name in ((1, 'out'), (2, 'err')):
+            os.dup2(os.open(self._console(rank, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (open(number, 'w', buffering=1, closefd=False) for number in (1, 2))
+        function(rank)
+
+    def _console(self, rank, name):
+        return Path(self.consoles.name) / f'{rank}.{name}'
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.join()
+        self.consoles.cleanup()
+
+    def read(self, name, rank=0):
+        """What a process has written so far, name: 'out' or 'err'."""
+        path = self._console(rank, name)
+        return path.read_text() if path.exists() else ''
+
+    def wait_for(self, condition, timeout=120):
+        """Until condition() is true; fails where the run ends before it is, or takes too long."""
+        limit = time.monotonic() + timeout
+        while not condition():
+            assert any(process.is_alive() for process in self.processes) and time.monotonic() < limit, self
+            time.sleep(0.002)
+
+    def wait_for_line(self, text, rank=0):
+        self.wait_for(lambda: text in self.read('out', rank))
+
+    def finish(self, timeout=120):
+        """Wait for the processes → their exit statuses, that of a killed one being minus the signal."""
+        limit = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, limit - time.monotonic()))
+        statuses = [process.exitcode for process in self.processes]
+        assert None not in statuses, f'no end within {timeout} s: {statuses}\n{self}'
+        return statuses
+
+    def __str__(self):
+        return '\n'.join(f'--- {name} of {rank} ---\n{self.read(name, rank)}'
+                         for rank in range(len(self.processes)) for name in ('out', 'err'))
+
+
+class Run(Forked):
+    """A run of main.py with the FLAGS above and others.
+
+    Args:
+        folder: --output_dir.
+        before: called as before(rank) in each process before main.py begins.
+        of_rank: rank → flags for that process only.
+    """
+
+    def __init__(self, folder, *flags, processes=1, before=None, of_rank=lambda rank: []):
+        def run(rank):
+            sys.argv = [str(text) for text in ('main.py', *FLAGS, *flags, *of_rank(rank), '--output_dir', folder)]
+            if before:
+                before(rank)
+            main.run()
+
+        super().__init__(run, processes)
+
+    def lines(self):
+        """Those of the first process that tell of a step, a batch evaluated or a result."""
+        return self.read('out').splitlines()
+
+    def ends_well(self):
+        assert set(self.finish()) == {0}, self
+
+    def error(self):
+        """The one line that the first process ends with, and no process a traceback; → it."""
+        assert not any('Traceback' in self.read('err', rank) for rank in range(len(self.processes))), self
+        line, = [line for line in self.read('err').splitlines() if line.startswith('main.py: error: ')]
+        return line
+
+
+def at_file_operation(folder, act, is_it):
+    """Call act() before this process's first operation on a file in `folder` for which is_it(event, name) is true."""
+    def hook(event, arguments):
+        if event in ('open', 'os.rename', 'os.link', 'os.remove') and str(arguments[0]).startswith(str(folder)):
+            if is_it(event, os.path.basename(str(arguments[0]))):
+                act()
+
+    sys.addaudithook(hook)
+
+
+# --- What a run leaves ----------------------------------------------------------------------------------------------
 
 def result(folder):
-    """What must not depend on what happened on the way: the last and the best checkpoint, log.txt but for times."""
+    """What must not depend on what happened on the way: the last and the best checkpoint, log.txt but for times,
+    and what TensorBoard shows but for times."""
     checkpoints = [torch.load(Path(folder) / name, weights_only=True)
                    for name in ('checkpoint.pth', 'best_checkpoint.pth')]
     for checkpoint in checkpoints:
         del checkpoint['args']                                             # name the folder
     log = [json.loads(line) for line in (Path(folder) / 'log.txt').read_text().splitlines()]
-    return [*checkpoints, [{k: v for k, v in line.items() if not k.endswith('per_second')} for line in log]]
+    return [*checkpoints, [{k: v for k, v in line.items() if not is_time(k)} for line in log],
+            {tag: points for tag, points in tensorboard(folder).items() if not is_time(tag)}]
+
+
+def is_time(name):
+    return name.endswith('per_second')
+
+
+def tensorboard(folder):
+    """tag → list of (step, value) as TensorBoard shows them: a run that begins again at a step hides what was there."""
+    points = {}
+    for path in sorted(Path(folder).glob('events.out.tfevents*'), key=lambda path: int(path.name.split('.')[3])):
+        for event in events(path.read_bytes()):
+            if event.session_log.status == event_pb2.SessionLog.START:
+                for tag, old in points.items():
+                    points[tag] = [point for point in old if point[0] < event.step]
+            for value in event.summary.value:
+                shown = value.image.encoded_image_string or value.simple_value
+                points.setdefault(value.tag, []).append((event.step, shown))
+    return points
+
+
+def events(data):
+    """The events of a file, of which the last may have been cut off."""
+    while len(data) >= 12:
+        length, = struct.unpack('<Q', data[:8])
+        if len(data) < 16 + length:
+            return
+        yield event_pb2.Event.FromString(data[12:12 + length])
+        data = data[16 + length:]
 
 
 def same(a, b):

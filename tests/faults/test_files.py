@@ -1,0 +1,196 @@
+"""A disk that fills up, a checkpoint that is damaged, and one that would run code."""
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+import utils
+from runs import Run, at_file_operation, fork, result, same
+
+MIB = 2 ** 20
+CHECKPOINT = 86 * MIB                                  # roughly
+
+
+# --- A disk that fills up -------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a disk of its own, as small as `resize` makes it."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    try:
+        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip('needs root, to mount a small disk')
+    yield folder
+    subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+def resize(folder, size):
+    subprocess.run(['mount', '-o', f'remount,size={int(size)}', folder], check=True)
+
+
+def fill(folder):
+    """Take all the space that is left."""
+    with (folder / 'filler').open('ab', buffering=0) as file:
+        try:
+            while file.write(bytes(MIB)):
+                pass
+            while file.write(bytes(1)):
+                pass
+        except OSError:
+            pass
+
+
+def ends_for_lack_of_space(run, folder):
+    """All processes have ended, with status 1 and a line; what is there of checkpoints is good."""
+    assert run.finish() == [1], run
+    assert 'No space left' in run.error(), run
+    for path in folder.glob('*checkpoint.pth'):
+        utils.load_checkpoint(str(path))
+
+
+def test_a_disk_that_fills_up(disk, undisturbed, tmp_path, table):
+    small = [0.5, 1.5, 2.5, 3.2]                       # in checkpoints; the newest, the one before, the best, the next
+    for size in small:
+        resize(disk, size * CHECKPOINT)
+        with Run(disk) as run:
+            ends_for_lack_of_space(run, disk)
+            assert (disk / 'checkpoint.pth').exists() == (size > 1)
+    resize(disk, 6 * CHECKPOINT)
+    full_at = [lambda event, name: name == 'log.txt',
+               lambda event, name: event == 'open' and name.startswith('events.out.tfevents')]
+    for is_it in full_at:
+        with Run(disk, before=lambda rank: at_file_operation(disk, lambda: fill(disk), is_it)) as run:
+            ends_for_lack_of_space(run, disk)
+        (disk / 'filler').unlink()
+    with Run(disk) as run:                             # TensorBoard's file needs more than the page it has begun
+        run.wait_for_line('Epoch: [2] [ 8/20]')
+        fill(disk)
+        ends_for_lack_of_space(run, disk)
+    (disk / 'filler').unlink()
+    with Run(disk) as run:
+        run.ends_well()
+    assert same(result(disk), result(undisturbed(1)))
+    table(len(small) + len(full_at) + 1, 'the disk is full at a checkpoint, log.txt, or TensorBoard\'s file: status 1 '
+                                         'and a line; with space again, resumed')
+
+
+# --- Damaged checkpoints --------------------------------------------------------------------------------------------
+
+CUTS = 0, 1, 1000, 0.25, 0.5, 0.75, 0.99, -1000, -2, -1               # bytes, from the end if negative, or a share
+FLIPS = ('first', 'pickle', 'middle of the pickle', 0.2, 0.4, 0.6, 0.8, 'directory', 'end record', 'last')
+
+
+def cut(data, place):
+    return data[:int(place * len(data)) if isinstance(place, float) else place]
+
+
+def flip(data, place):
+    """The bytes of a zip archive with one bit that is another."""
+    pickle_start, pickle_end = data.index(b'data.pkl') + 8, data.index(b'PK\x03\x04', 4)
+    offset = {'first': 0, 'pickle': pickle_start + 100, 'middle of the pickle': (pickle_start + pickle_end) // 2,
+              'directory': data.rindex(b'PK\x01\x02') + 20, 'end record': data.rindex(b'PK\x05\x06') + 16,
+              'last': len(data) - 1}.get(place) if isinstance(place, str) else int(place * len(data))
+    damaged = bytearray(data)
+    damaged[offset] ^= 1 << offset % 8
+    return bytes(damaged)
+
+
+@pytest.fixture(scope='module')
+def killed_before_its_last_save(tmp_path_factory):
+    """The folder of a run whose newest checkpoint is of step 14 of the last epoch, the one before it of step 7."""
+    folder, saves = tmp_path_factory.mktemp('killed') / 'run', []
+
+    def last_save(event, name):
+        saves.extend([name] * (event == 'open' and name == 'checkpoint.pth.tmp'))
+        return len(saves) == 9
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with Run(folder, before=lambda rank: at_file_operation(folder, kill, last_save)) as run:
+        assert run.finish() == [-signal.SIGKILL], run
+    return folder
+
+
+def damaged_and_resumed(damage, place, source, folder):
+    """A copy of the folder with a damaged newest checkpoint is resumed to its end. → (what it leaves, its console)"""
+    shutil.copytree(source, folder)
+    newest = folder / 'checkpoint.pth'
+    newest.write_bytes(damage(newest.read_bytes(), place))
+    with Run(folder) as run:
+        run.ends_well()
+        console = run.read('out') + run.read('err')
+    assert (folder / 'damaged_checkpoint.pth').exists()
+    left = result(folder)
+    shutil.rmtree(folder)
+    return left, console
+
+
+@pytest.mark.parametrize('damage, places', [(cut, CUTS), (flip, FLIPS)])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_taken(
+        damage, places, killed_before_its_last_save, undisturbed, tmp_path, table):
+    reference, source = result(undisturbed(1)), killed_before_its_last_save
+    data = (source / 'checkpoint.pth').read_bytes()
+    for place in places:
+        (tmp_path / 'damaged.pth').write_bytes(damage(data, place))
+        with pytest.raises(utils.InputError, match='damaged.pth'):
+            utils.load_checkpoint(str(tmp_path / 'damaged.pth'))
+    folders = [tmp_path / str(i) for i in range(len(places))]
+    with ProcessPoolExecutor(2, fork) as pool:
+        resumed = pool.map(damaged_and_resumed, [damage] * 10, places, [source] * 10, folders)
+        for place, (left, console) in zip(places, resumed):
+            assert 'is damaged' in console, (place, console)
+            epochs = [line for line in console.splitlines() if line.startswith('Epoch')]
+            assert epochs[0].startswith('Epoch: [2] [ 8/20]'), (place, console)
+            assert same(left, reference), (place, console)
+    table(len(places), {cut: 'a checkpoint cut short', flip: 'a bit of a checkpoint flipped'}[damage]
+          + ': said, and the one before taken, whose loss is one interval')
+
+
+# --- Checkpoints that would run code --------------------------------------------------------------------------------
+
+class Malicious:
+    """What creates a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def write_pickle(checkpoint, folder):
+    (folder / 'checkpoint.pth').write_bytes(pickle.dumps(checkpoint))
+
+
+def write_old_format(checkpoint, folder):
+    torch.save(checkpoint, folder / 'checkpoint.pth', _use_new_zipfile_serialization=False)
+
+
+def write_zip(checkpoint, folder):
+    torch.save(checkpoint, folder / 'checkpoint.pth')
+
+
+@pytest.mark.parametrize('write', [write_pickle, write_old_format, write_zip, utils.save_checkpoint])
+def test_a_malicious_checkpoint_is_refused(write, tmp_path, table):
+    made, folder = tmp_path / 'made', tmp_path / 'run'
+    folder.mkdir()
+    write({'model': {'weight': torch.zeros(1)}, 'epoch': Malicious(made)}, folder)
+    file = folder / 'checkpoint.pth'
+    if write != write_pickle:
+        torch.load(file, weights_only=False)
+        made.unlink()                                  # so it is malicious
+    ways = [['--resume', file], ['--resume', 'auto'], ['--resume', '', '--finetune', file], ['--resume', file, '--eval']]
+    for flags in ways:
+        with Run(folder, *flags, '--epochs', '1') as run:
+            assert run.finish() == [2], run
+            assert 'checkpoint.pth' in run.error()
+        assert not made.exists() and file.exists()
+    table(len(ways), f'a checkpoint that would create a file, by {write.__name__}: refused, no file')
