@@ -187,7 +187,7 @@ def test_a_malicious_checkpoint_is_refused(write, tmp_path, table):
     if write != write_pickle:
         torch.load(file, weights_only=False)
         made.unlink()                                  # so it is malicious
-    ways = [['--resume', file], ['--resume', 'auto'], ['--resume', '', '--finetune', file], ['--resume', file, '--eval']]
+    ways = ['--resume', file], ['--resume', 'auto'], ['--resume', '', '--finetune', file], ['--resume', file, '--eval']
     for flags in ways:
         with Run(folder, *flags, '--epochs', '1') as run:
             assert run.finish() == [2], run
