@@ -5,8 +5,7 @@ import time
 import pytest
 import torch
 
-os.environ['ARROW_DEFAULT_MEMORY_POOL'] = 'system'     # jemalloc has a thread, and processes are forked from this one
-from runs import train  # noqa: E402
+from runs import train
 
 rows = pytest.StashKey()
 SEED = os.environ.get('FAULTS_SEED', str(int(time.time())))

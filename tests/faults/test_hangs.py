@@ -16,7 +16,7 @@ def children(pid):
 @pytest.mark.parametrize('signum', [signal.SIGSTOP, signal.SIGKILL])
 def test_a_process_that_hangs_or_dies_is_named(signum, undisturbed, tmp_path, table):
     with Run(tmp_path, '--dist-timeout', '10', processes=2) as run:
-        run.wait_for_line('Epoch: [0] [ 8/10]')
+        run.wait_for_line('Epoch: [0] [ 6/10]')
         os.kill(run.pids[1], signum)
         run.processes[0].join(40)
         assert run.processes[0].exitcode == 1, run

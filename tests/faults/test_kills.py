@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from runs import MIDDLE_SAVES, Run, at_file_operation, fork, result, same
+from runs import SAVES, Run, at_file_operation, fork, result, same
 
 
 def at_a_moment(draw, console):
@@ -59,7 +59,7 @@ def killed_and_resumed(i, processes, seed, folder, undisturbed):
     """One run that is killed, and the same command again, to its end. → whether it was saving; None: another end."""
     draw = random.Random(f'{seed} {processes} {i}')
     victims = draw.choice([[0], [1], [0, 1]] if processes == 2 else [[0]])
-    saves, before, wait = MIDDLE_SAVES[processes] + 3, None, None
+    saves, before, wait = SAVES[processes], None, None
     if i % 2 == 0:
         wait = at_a_moment(draw, (undisturbed / 'console.txt').read_text())
     elif i % 4 == 1:

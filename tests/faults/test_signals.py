@@ -11,10 +11,10 @@ STOPS = [                                              # signal, to whom, once t
     (signal.SIGTERM, [1], 'Epoch: [0] [ 3/10]'),
     (signal.SIGUSR1, [0], 'Epoch: [0] [ 6/10]'),
     (signal.SIGUSR2, [1], 'Epoch: [0] [ 9/10]'),
-    (signal.SIGTERM, [0, 1], 'Epoch: [1] [ 2/10]'),
-    (signal.SIGTERM, [0], 'Epoch: [1] [10/10]'),       # so, in the evaluation
+    (signal.SIGTERM, [0], 'Epoch: [0] [10/10]'),       # so, in the evaluation
     (signal.SIGTERM, [1], 'Test: [1/2]'),
-    (signal.SIGUSR1, [0, 1], 'Epoch: [2] [ 4/10]')]
+    (signal.SIGTERM, [0, 1], 'Epoch: [1] [ 2/10]'),
+    (signal.SIGUSR1, [0, 1], 'Epoch: [1] [ 6/10]')]
 
 
 def stop(run, signum, ranks, line, send):
@@ -67,7 +67,7 @@ def test_a_run_stopped_in_evaluation_begins_with_it(undisturbed, tmp_path, table
 
 def test_a_second_signal_ends_at_once(undisturbed, tmp_path, table):
     with Run(tmp_path, processes=2) as run:
-        run.wait_for_line('Epoch: [1] [ 2/10]')
+        run.wait_for_line('Epoch: [0] [ 6/10]')
         os.kill(run.pids[1], signal.SIGSTOP)           # so that no step will ever be finished
         os.kill(run.pids[0], signal.SIGTERM)
         time.sleep(1)
