@@ -154,10 +154,6 @@ class Run(Forked):
 
         super().__init__(run, processes)
 
-    def lines(self):
-        """Those of the first process that tell of a step, a batch evaluated or a result."""
-        return self.read('out').splitlines()
-
     def ends_well(self):
         assert set(self.finish()) == {0}, self
 

@@ -13,33 +13,44 @@ def children(pid):
     return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 
-@pytest.mark.parametrize('signum', [signal.SIGSTOP, signal.SIGKILL])
-def test_a_process_that_hangs_or_dies_is_named(signum, undisturbed, tmp_path, table):
-    with Run(tmp_path, '--dist-timeout', '10', processes=2) as run:
-        run.wait_for_line('Epoch: [0] [ 6/10]')
-        os.kill(run.pids[1], signum)
-        run.processes[0].join(40)
-        assert run.processes[0].exitcode == 1, run
-        assert 'process 1' in run.error(), run
+def hangs(run):
+    """The second process stops; the first names it."""
+    os.kill(run.pids[1], signal.SIGSTOP)
+    run.processes[0].join(40)
+    assert run.processes[0].exitcode == 1 and 'process 1' in run.error(), run
+
+
+def dies(run):
+    os.kill(run.pids[1], signal.SIGKILL)
+    assert run.finish(40) == [1, -signal.SIGKILL] and 'process 1' in run.error(), run
+
+
+def loses_a_worker(rank):
+    """A DataLoader worker of that process dies; the first says so, and both end."""
+    def act(run):
+        for worker in children(run.pids[rank]):
+            os.kill(worker, signal.SIGKILL)
+        assert run.finish(40) == [1, 1] and 'worker' in run.error(), run
+
+    return act
+
+
+FAILURES = {'SIGSTOP to one of 2 processes, --dist-timeout 10': (hangs, 'Epoch: [0] [ 5/10]'),
+            'SIGKILL to one of 2 processes': (dies, 'Epoch: [0] [ 9/10]'),
+            'SIGKILL to a DataLoader worker of the first process': (loses_a_worker(0), 'Epoch: [1] [ 2/10]'),
+            'SIGKILL to a DataLoader worker of the second process': (loses_a_worker(1), 'Epoch: [1] [ 6/10]')}
+
+
+def test_a_process_that_hangs_or_dies_is_named(undisturbed, tmp_path, table):
+    for what, (act, line) in FAILURES.items():
+        with Run(tmp_path, '--dist-timeout', '10', processes=2) as run:
+            run.wait_for_line(line)
+            act(run)
     with Run(tmp_path, processes=2) as run:
         run.ends_well()
     assert same(result(tmp_path), result(undisturbed(2)))
-    table(1, f'{signum.name} to one of 2 processes, --dist-timeout 10: the other names it; then resumed')
-
-
-@pytest.mark.parametrize('processes', [1, 2])
-def test_a_loader_worker_that_dies(processes, undisturbed, tmp_path, table):
-    with Run(tmp_path, processes=processes) as run:
-        run.wait_for_line('Epoch: [1] [ 4/')
-        victim = run.pids[-1]
-        for worker in children(victim):
-            os.kill(worker, signal.SIGKILL)
-        assert run.finish(40) == [1] * processes, run
-        assert 'worker' in run.error(), run
-    with Run(tmp_path, processes=processes) as run:
-        run.ends_well()
-    assert same(result(tmp_path), result(undisturbed(processes)))
-    table(1, f'SIGKILL to a DataLoader worker of process {processes - 1}: the console says so; then resumed')
+    for what in FAILURES:
+        table(1, f'{what}: the console of the first tells, no hang; then resumed')
 
 
 @pytest.mark.parametrize('rank', [0, 1])
