@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -238,29 +239,41 @@ class StopSignal:
     """SIGTERM, SIGUSR1 or SIGUSR2, by which schedulers announce the end, as a request that all processes agree on.
 
     Used as a context. A second signal ends the process at once; but half a second counts as one, because a launcher
-    may pass on what the process got already.
+    may pass on what the process got already. A thread sees to it: Python runs no handler while the main thread waits
+    within torch for processes that may never come.
     """
     SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 
     def __init__(self, device):
         self.device = device
-        self.signum = self.time = 0
+        self.signum = 0
         self.latest = None
 
     def __enter__(self):
-        self.handlers = {signum: signal.signal(signum, self._receive) for signum in self.SIGNALS}
+        self.handlers = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+        arrivals, self.pipe = os.pipe()
+        os.set_blocking(self.pipe, False)
+        signal.set_wakeup_fd(self.pipe)
+        threading.Thread(target=self._end_at_second, args=(arrivals,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
+        signal.set_wakeup_fd(-1)
+        os.close(self.pipe)
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
 
-    def _receive(self, signum, frame):
-        if not self.signum:
-            self.signum, self.time = signum, time.monotonic()
-        elif time.monotonic() - self.time > 0.5:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+    def _note(self, signum, frame):
+        self.signum = self.signum or signum
+
+    def _end_at_second(self, arrivals):
+        first = None
+        with open(arrivals, 'rb', buffering=0) as pipe:
+            while number := pipe.read(1):                                  # of each signal that Python handles
+                if number[0] in self.SIGNALS:
+                    first = first or time.monotonic()
+                    if time.monotonic() - first > 0.5:
+                        os._exit(128 + number[0])
 
     def agreed(self):
         """The signal that any process has got, 0 without one: the same in all processes, which all call this.
