@@ -24,10 +24,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--base_keep_rate', '0.3', '--drop_loc', '0,1,2',
          '--input-size', '32', '--batch-size', '64', '--device', 'cpu', '--num_workers', '1', '--warmup-epochs', '1',
          '--shrink_start_epoch', '0', '--shrink_epochs', '2', '--epochs', '2', '--lr', '2.4e-3', '--clip-grad', '1',
-         '--dist-eval', '--print-freq', '1', '--resume', 'auto', '--checkpoint-interval', '4']
-SAVES = {1: 10, 2: 6}                                  # by number of processes
+         '--dist-eval', '--print-freq', '1', '--resume', 'auto', '--checkpoint-interval', '5']
+SAVES = {1: 8, 2: 4}                                   # by number of processes
 fork = multiprocessing.get_context('fork')
 
+
+# --- By the command that users type ---------------------------------------------------------------------------------
+
+def train(folder, processes=1):
+    """A run to its end; fails where it does not end well. → its console."""
+    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launch, str(ROOT / 'main.py'), *FLAGS, '--output_dir', str(folder)],
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# --- Without the 10 s in which a slow core reads torch and timm ------------------------------------------------------
 
 def group(processes):
     """The environment of each process of a group, as torchrun would set it."""
@@ -39,32 +52,6 @@ def group(processes):
     return [{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes),
              'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port} for rank in range(processes)]
 
-
-# --- By the command that users type ---------------------------------------------------------------------------------
-
-def start(folder, *flags, processes=1, main=ROOT / 'main.py', **options):
-    """Start the processes of a run, without torchrun, so that each can be signalled → list of Popen."""
-    return [subprocess.Popen(
-        [sys.executable, str(main), *FLAGS, *map(str, flags), '--output_dir', str(folder)],
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **member}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, **options) for member in group(processes)]
-
-
-def finish(run, timeout=300):
-    """Wait for the processes of a run → list of (exit status, stdout, stderr)."""
-    outputs = [process.communicate(timeout=timeout) for process in run]
-    return [(process.returncode, *output) for process, output in zip(run, outputs)]
-
-
-def train(folder, *flags, processes=1):
-    """A run to its end; fails where it does not end well. → the console of its first process."""
-    ends = finish(start(folder, *flags, processes=processes))
-    for status, out, err in ends:
-        assert status == 0, out + err
-    return ends[0][1]
-
-
-# --- Without the 10 s in which a slow core reads torch and timm ------------------------------------------------------
 
 class Forked:
     """Processes of a group that each call function(rank), forked from this one, which has imported main.py already.
@@ -116,7 +103,7 @@ class Forked:
         """Until condition() is true; fails where the run ends before it is, or takes too long."""
         limit = time.monotonic() + timeout
         while not condition():
-            assert any(process.is_alive() for process in self.processes) and time.monotonic() < limit, self
+            assert any(process.is_alive() for process in self.processes) and time.monotonic() < limit, str(self)
             time.sleep(0.002)
 
     def wait_for_line(self, text, rank=0):
@@ -155,11 +142,11 @@ class Run(Forked):
         super().__init__(run, processes)
 
     def ends_well(self):
-        assert set(self.finish()) == {0}, self
+        assert set(self.finish()) == {0}, str(self)
 
     def error(self):
         """The one line that the first process ends with, and no process a traceback; → it."""
-        assert not any('Traceback' in self.read('err', rank) for rank in range(len(self.processes))), self
+        assert not any('Traceback' in self.read('err', rank) for rank in range(len(self.processes))), str(self)
         line, = [line for line in self.read('err').splitlines() if line.startswith('main.py: error: ')]
         return line
 

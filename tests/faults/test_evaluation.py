@@ -38,7 +38,7 @@ def test_uneven_shares_give_the_figures_of_one_process(tmp_path, table):
     for processes in (1, 2, 3):
         path = tmp_path / f'{processes}.json'
         with Forked(lambda rank: evaluate_all_sizes(path), processes) as run:
-            assert run.finish() == [0] * processes, run
+            assert run.finish() == [0] * processes, str(run)
         figures[processes] = json.loads(path.read_text())
     for size, one, *others in zip(SIZES, *figures.values()):
         assert one['images'] == size and 0 < one['loss'] < 5

@@ -47,38 +47,49 @@ def fill(folder):
             pass
 
 
+def opens(start):
+    """Whether a file operation opens a file whose name begins so."""
+    return lambda event, name: event == 'open' and name.startswith(start)
+
+
+FULL = [                                               # size of the disk in checkpoints, what it is filled up before
+    (0.5, None), (1.5, None),                          # the first checkpoint does not fit, the second does not
+    (6, opens('log.txt')),                             # at the end of the first epoch
+    (2.5, None), (3.2, None),                          # the third does not; nor do four, of which one is the best
+    (6, opens('events.out.tfevents'))]
+
+
 def ends_for_lack_of_space(run, folder):
-    """All processes have ended, with status 1 and a line; what is there of checkpoints is good."""
-    assert run.finish() == [1], run
-    assert 'No space left' in run.error(), run
+    """Both processes have ended, with status 1 and a line; what is there of checkpoints is good."""
+    assert run.finish() == [1, 1], str(run)
+    assert 'No space left' in run.error(), str(run)
     for path in folder.glob('*checkpoint.pth'):
         utils.load_checkpoint(str(path))
 
 
-def test_a_disk_that_fills_up(disk, undisturbed, tmp_path, table):
-    small = [0.5, 1.5, 2.5, 3.2]                       # in checkpoints; the newest, the one before, the best, the next
-    for size in small:
+def test_a_disk_that_fills_up(disk, undisturbed, table):
+    often = '--checkpoint-interval', 4
+    for size, is_it in FULL:
         resize(disk, size * CHECKPOINT)
-        with Run(disk) as run:
+
+        def before(rank):
+            if is_it:
+                at_file_operation(disk, lambda: fill(disk), is_it)
+
+        with Run(disk, *often, processes=2, before=before) as run:
             ends_for_lack_of_space(run, disk)
-            assert (disk / 'checkpoint.pth').exists() == (size > 1)
-    resize(disk, 6 * CHECKPOINT)
-    full_at = [lambda event, name: name == 'log.txt',
-               lambda event, name: event == 'open' and name.startswith('events.out.tfevents')]
-    for is_it in full_at:
-        with Run(disk, before=lambda rank: at_file_operation(disk, lambda: fill(disk), is_it)) as run:
-            ends_for_lack_of_space(run, disk)
-        (disk / 'filler').unlink()
-    with Run(disk) as run:                             # a picture for TensorBoard comes before the next checkpoint
-        run.wait_for_line('Epoch: [1] [20/20]')
+        assert (disk / 'checkpoint.pth').exists() == (size > 1)
+        (disk / 'filler').unlink(missing_ok=True)
+    with Run(disk, *often, processes=2) as run:        # a picture for TensorBoard comes before the next checkpoint
+        run.wait_for_line('Epoch: [1] [10/10]')
         fill(disk)
         ends_for_lack_of_space(run, disk)
     (disk / 'filler').unlink()
-    with Run(disk) as run:
+    with Run(disk, *often, processes=2) as run:
         run.ends_well()
-    assert same(result(disk), result(undisturbed(1)))
-    table(len(small) + len(full_at) + 1, 'the disk is full at a checkpoint, log.txt, or TensorBoard\'s file: status 1 '
-                                         'and a line; with space again, resumed')
+    assert same(result(disk), result(undisturbed(2)))
+    table(len(FULL) + 1, 'the disk is full at a checkpoint, log.txt or TensorBoard\'s file: both processes end with 1, '
+                         'a line says why; with space again, resumed')
 
 
 # --- Damaged checkpoints --------------------------------------------------------------------------------------------
@@ -104,7 +115,7 @@ def flip(data, place):
 
 @pytest.fixture(scope='module')
 def killed_before_its_last_save(tmp_path_factory):
-    """The folder of a run whose newest checkpoint is of step 16 of the last epoch, the one before it of step 12."""
+    """The folder of a run whose newest checkpoint is of step 15 of the last epoch, the one before it of step 10."""
     folder, saves = tmp_path_factory.mktemp('killed') / 'run', []
 
     def last_save(event, name):
@@ -115,7 +126,7 @@ def killed_before_its_last_save(tmp_path_factory):
         os.kill(os.getpid(), signal.SIGKILL)
 
     with Run(folder, before=lambda rank: at_file_operation(folder, kill, last_save)) as run:
-        assert run.finish() == [-signal.SIGKILL], run
+        assert run.finish() == [-signal.SIGKILL], str(run)
     return folder
 
 
@@ -148,7 +159,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_taken(
         for place, (left, console) in zip(places, resumed):
             assert 'damaged' in console, (place, console)
             epochs = [line for line in console.splitlines() if line.startswith('Epoch')]
-            assert epochs[0].startswith('Epoch: [1] [13/20]'), (place, console)
+            assert epochs[0].startswith('Epoch: [1] [11/20]'), (place, console)
             assert same(left, reference), (place, console)
     table(len(places), {cut: 'a checkpoint cut short', flip: 'a bit of a checkpoint flipped'}[damage]
           + ': said, and the one before taken, whose loss is one interval')
@@ -190,7 +201,7 @@ def test_a_malicious_checkpoint_is_refused(write, tmp_path, table):
     ways = ['--resume', file], ['--resume', 'auto'], ['--resume', '', '--finetune', file], ['--resume', file, '--eval']
     for flags in ways:
         with Run(folder, *flags, '--epochs', '1') as run:
-            assert run.finish() == [2], run
+            assert run.finish() == [2], str(run)
             assert 'checkpoint.pth' in run.error()
         assert not made.exists() and file.exists()
     table(len(ways), f'a checkpoint that would create a file, by {write.__name__}: refused, no file')

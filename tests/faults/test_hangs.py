@@ -17,12 +17,12 @@ def hangs(run):
     """The second process stops; the first names it."""
     os.kill(run.pids[1], signal.SIGSTOP)
     run.processes[0].join(40)
-    assert run.processes[0].exitcode == 1 and 'process 1' in run.error(), run
+    assert run.processes[0].exitcode == 1 and 'process 1' in run.error(), str(run)
 
 
 def dies(run):
     os.kill(run.pids[1], signal.SIGKILL)
-    assert run.finish(40) == [1, -signal.SIGKILL] and 'process 1' in run.error(), run
+    assert run.finish(40) == [1, -signal.SIGKILL] and 'process 1' in run.error(), str(run)
 
 
 def loses_a_worker(rank):
@@ -30,7 +30,7 @@ def loses_a_worker(rank):
     def act(run):
         for worker in children(run.pids[rank]):
             os.kill(worker, signal.SIGKILL)
-        assert run.finish(40) == [1, 1] and 'worker' in run.error(), run
+        assert run.finish(40) == [1, 1] and 'worker' in run.error(), str(run)
 
     return act
 
@@ -60,6 +60,6 @@ def test_a_data_set_that_vanishes_under_one_process(rank, image_folder, tmp_path
              of_rank=lambda rank: ['--data-path', trees[rank]]) as run:
         run.wait_for_line('Epoch: [1]')
         trees[rank].rename(tmp_path / 'gone')
-        assert 0 not in run.finish(60), run
-        assert f'tree{rank}/' in run.error(), run
+        assert 0 not in run.finish(60), str(run)
+        assert f'tree{rank}/' in run.error(), str(run)
     table(1, f'a data set that vanishes under process {rank} of 2: the first one names the file')

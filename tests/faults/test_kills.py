@@ -75,7 +75,7 @@ def killed_and_resumed(i, processes, seed, folder, undisturbed):
             run.processes[0].join(120)
             victims = [0]
         statuses = run.finish(60)                      # a process that lost its peer ends by itself
-        assert 0 not in statuses and {statuses[victim] for victim in victims} == {-signal.SIGKILL}, (statuses, str(run))
+        assert 0 not in statuses and {statuses[victim] for victim in victims} == {-signal.SIGKILL}, f'{statuses}\n{run}'
     saving = (folder / 'checkpoint.pth.tmp').exists()
     with Run(folder, processes=processes) as run:
         run.ends_well()

@@ -30,12 +30,12 @@ def test_a_signal_to_any_process_stops_all_of_them(undisturbed, tmp_path, table)
             start = time.monotonic()
             for rank in ranks:
                 send(run.pids[rank], signum)
-            assert run.finish(30) == [STOPPED] * 2, run
+            assert run.finish(30) == [STOPPED] * 2, str(run)
             seconds.append(time.monotonic() - start)
-            assert not any(word in run.read('err', rank) for rank in (0, 1) for word in ('rror', 'Traceback')), run
+            assert not any(word in run.read('err', rank) for rank in (0, 1) for word in ('rror', 'Traceback')), str(run)
             assert not evaluates or steps(run)[0].startswith('Test'), run  # an evaluation broken off comes first
             evaluates = line in EVALUATION
-            assert not evaluates or 'Max accuracy' not in run.read('out'), run
+            assert not evaluates or 'Max accuracy' not in run.read('out'), str(run)
     with Run(tmp_path, processes=2) as run:
         run.ends_well()
     assert same(result(tmp_path), result(undisturbed(2)))
@@ -49,8 +49,8 @@ def test_a_second_signal_ends_at_once(tmp_path, table):
         os.kill(run.pids[1], signal.SIGSTOP)           # so that no step will ever be finished
         os.kill(run.pids[0], signal.SIGTERM)
         time.sleep(1)
-        assert run.processes[0].is_alive(), run
+        assert run.processes[0].is_alive(), str(run)
         os.kill(run.pids[0], signal.SIGTERM)
         run.processes[0].join(1)
-        assert run.processes[0].exitcode in (-signal.SIGTERM, STOPPED), run
+        assert run.processes[0].exitcode in (-signal.SIGTERM, STOPPED), str(run)
     table(1, 'a second SIGTERM, to a process that cannot finish its step: it ends at once')
