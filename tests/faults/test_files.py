@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import utils
-from runs import SAVES, Run, at_file_operation, fork, result, same
+from runs import Run, at_file_operation, fork, result, same
 
 MIB = 2 ** 20
 CHECKPOINT = 86 * MIB                                  # roughly
@@ -95,6 +95,7 @@ def test_a_disk_that_fills_up(disk, undisturbed, table):
 # --- Damaged checkpoints --------------------------------------------------------------------------------------------
 
 CUTS = 0, 1, 1000, 0.3, 0.6, 0.99, -1000, -8, -2, -1                   # bytes, from the end if negative, or a share
+OFTEN = '--checkpoint-interval', 3                    # so that little is left to train, each time
 FLIPS = ('first', 'pickle', 'middle of the pickle', 0.2, 0.4, 0.6, 0.8, 'directory', 'end record', 'last')
 
 
@@ -115,27 +116,29 @@ def flip(data, place):
 
 @pytest.fixture(scope='module')
 def killed_before_its_last_save(tmp_path_factory):
-    """The folder of a run whose newest checkpoint is of step 15 of the last epoch, the one before it of step 10."""
+    """The folder of a run whose newest checkpoint is of step 18 of the last epoch, the one before it of step 15."""
     folder, saves = tmp_path_factory.mktemp('killed') / 'run', []
 
     def last_save(event, name):
         saves.extend([name] * (event == 'open' and name == 'checkpoint.pth.tmp'))
-        return len(saves) == SAVES[1]
+        return len(saves) == 2 * (6 + 1)
 
     def kill():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with Run(folder, before=lambda rank: at_file_operation(folder, kill, last_save)) as run:
+    with Run(folder, *OFTEN, before=lambda rank: at_file_operation(folder, kill, last_save)) as run:
         assert run.finish() == [-signal.SIGKILL], str(run)
     return folder
 
 
 def damaged_and_resumed(damage, place, source, folder):
     """A copy of the folder with a damaged newest checkpoint is resumed to its end. → (what it leaves, its console)"""
-    shutil.copytree(source, folder)
+    shutil.copytree(source, folder, copy_function=os.link)                 # no file is changed in its place
     newest = folder / 'checkpoint.pth'
-    newest.write_bytes(damage(newest.read_bytes(), place))
-    with Run(folder) as run:
+    data = newest.read_bytes()
+    newest.unlink()
+    newest.write_bytes(damage(data, place))
+    with Run(folder, *OFTEN) as run:
         run.ends_well()
         console = run.read('out') + run.read('err')
     assert (folder / 'damaged_checkpoint.pth').exists()
@@ -159,7 +162,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_taken(
         for place, (left, console) in zip(places, resumed):
             assert 'damaged' in console, (place, console)
             epochs = [line for line in console.splitlines() if line.startswith('Epoch')]
-            assert epochs[0].startswith('Epoch: [1] [11/20]'), (place, console)
+            assert epochs[0].startswith('Epoch: [1] [16/20]'), (place, console)
             assert same(left, reference), (place, console)
     table(len(places), {cut: 'a checkpoint cut short', flip: 'a bit of a checkpoint flipped'}[damage]
           + ': said, and the one before taken, whose loss is one interval')
