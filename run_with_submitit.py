@@ -1,0 +1,96 @@
+"""Train as a job of Slurm: `python run_with_submitit.py --ngpus 8 --nodes 2 …`, and all flags of main.py.
+
+The job goes back to the queue at preemption, at its time limit and when a node fails, and on from its checkpoint.
+"""
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+try:
+    import submitit
+except ImportError:                                    # run says how to get it
+    submitit = None
+
+import main
+import utils
+
+CODE = Path(__file__).resolve().parent
+
+
+def get_args_parser():
+    parser = main.get_args_parser()
+    parser.description = 'EViT: training and evaluation as a job of Slurm'
+    add = parser.add_argument_group('job').add_argument
+    add('--ngpus', type=main.count, default=8, help='GPUs, and so processes, a node; 0: one process, on the CPU')
+    add('--nodes', type=main.positive_int, default=1)
+    add('--timeout', type=main.positive_int, default=2880, help='minutes after which the job goes back to the queue')
+    add('--job-dir', default='runs/submitit/%j',
+        help="of the logs, and without --output-dir of what main.py saves; all nodes see it; %%j: the job's number")
+    add('--partition', help="None: the cluster's default")
+    add('--comment', help='for the scheduler')
+    add('--constraint', help='features that nodes must have')
+    return parser
+
+
+class Job:
+    """What each process of the job does.
+
+    Args:
+        argv: the command line, parsed again by each process: a machine that submits may have no GPU.
+    """
+
+    def __init__(self, argv):
+        self.argv = argv
+
+    def __call__(self):
+        requeue = signal.getsignal(signal.SIGUSR2)     # submitit's, in whose place training puts its own
+        folder, signum = submitit.JobEnvironment().paths.folder, None
+        try:
+            main.main(main.parse_args([f'--output-dir={folder}', *self.argv], get_args_parser()))
+            utils.leave_process_group()
+        except utils.Stopped as stopped:
+            signum = stopped.signum
+        except Exception as error:
+            main.fail(error)
+        if signum == signal.SIGTERM:                   # scancel
+            sys.exit(128 + signum)
+        if signum:
+            requeue(signum, None)                      # ends the first process; in the others it does nothing
+            sys.exit(0)                                # with another status they would end the first before it is done
+
+    def checkpoint(self):
+        """What a job does that submitit has requeued: the same, as its state is saved and --resume auto finds it."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def submit(argv):
+    """Submit a job with the flags of a command line → submitit's Job."""
+    args = main.parse_args(argv, get_args_parser())
+    cpus = max(1, args.num_workers)
+    executor = submitit.SlurmExecutor(args.job_dir, max_num_timeout=1000)
+    executor.update_parameters(
+        job_name='evit', nodes=args.nodes, ntasks_per_node=max(1, args.ngpus), gpus_per_node=args.ngpus or None,
+        cpus_per_task=cpus, time=args.timeout, partition=args.partition, comment=args.comment,
+        constraint=args.constraint, additional_parameters={'requeue': True},
+        setup=[f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(CODE))}:$PYTHONPATH'],
+        # Since Slurm 22.05 srun does not take the cores from the job; and when a process dies, the others wait in vain
+        srun_args=[f'--cpus-per-task={cpus}', '--kill-on-bad-exit=1'])
+    defaults = [f'--device={"cuda" if args.ngpus else "cpu"}', f'--num-workers={args.num_workers}', '--resume=auto']
+    return executor.submit(Job([*defaults, *argv]))
+
+
+def run(argv=None):
+    """The program: what is wrong is one line, and the exit status 2."""
+    if submitit is None:
+        sys.exit('run_with_submitit.py: error: submitit is not installed: pip install -r requirements-submitit.txt')
+    try:
+        job = submit(sys.argv[1:] if argv is None else argv)
+    except (RuntimeError, OSError) as error:           # no Slurm here, or it refuses the job
+        print(f'run_with_submitit.py: error: {utils.one_line(error)}', file=sys.stderr)
+        sys.exit(2)
+    print(f'Submitted job {job.job_id}; its logs: {job.paths.stdout} and {job.paths.stderr}')
+
+
+if __name__ == '__main__':
+    run()
