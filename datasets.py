@@ -1,7 +1,10 @@
 """Choice of data set and transform, and the way from there to normalised batches on the device."""
+import atexit
 import contextlib
 import json
+import multiprocessing
 import random
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +25,7 @@ except ImportError:                                    # torchvision 0.29 announ
     decode_jpeg = None
 
 from folder2lmdb import ImageFolderLMDB, decode_picture, read_file
-from utils import InputError, seed_all
+from utils import InputError, StopSignal, seed_all
 
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
 
@@ -260,5 +263,20 @@ def build_loader(dataset, sampler, batch_size, device, num_workers=0, pin_memory
     """The `DeviceLoader` of a data set whose images are uint8; workers stay alive from one epoch to the next."""
     return DeviceLoader(
         DataLoader(dataset, batch_size, sampler=sampler, drop_last=drop_last, num_workers=num_workers,
-                   persistent_workers=num_workers > 0, pin_memory=pin_memory and device.type == 'cuda'),
+                   persistent_workers=num_workers > 0, pin_memory=pin_memory and device.type == 'cuda',
+                   worker_init_fn=ignore_stop_signals),
         device, channels_last)
+
+
+def ignore_stop_signals(worker):
+    """Let a worker of a DataLoader go on when a scheduler signals all processes of a job: the run stops in its time."""
+    for signum in StopSignal.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers():
+    """End the workers that a failed run leaves; by SIGTERM, as multiprocessing would do it, they do not end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                          # torch's handler would report their death
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -3,9 +3,10 @@ import contextlib
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from utils import Progress, all_reduce_sum, autocast, eval_mode, log, rank, seed_all
+from utils import Progress, all_reduce, autocast, eval_mode, log, rank, seed_all, share_buffers
 
 
 def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_rate):
@@ -22,11 +23,12 @@ def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_ra
 
 
 def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scaler, amp_dtype, seed, keep_rate=None,
-                    erase=None, mixup=None, model_ema=None, clip_grad=None, accum_steps=1, print_freq=50):
-    """Train for one epoch, in the mode (train or eval) that the model is in.
+                    erase=None, mixup=None, model_ema=None, clip_grad=None, accum_steps=1, skip_nonfinite=0,
+                    print_freq=50, state=None, after_update=None):
+    """Train for one epoch, or the rest of it, in the mode (train or eval) that the model is in.
 
     Args:
-        loader: of (images, labels) on the device; the images are changed in place.
+        loader: of (images, labels) on the device, of those batches that are left; the images are changed in place.
         criterion: (images, outputs, labels) → loss.
         scaler: torch.amp.GradScaler; disabled unless amp_dtype is float16.
         keep_rate: step of the epoch → the rate passed to the model; None for a model that takes none.
@@ -34,14 +36,20 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         mixup: (images, labels) → (mixed images, soft labels).
         model_ema: timm's ModelEmaV3.
         accum_steps: batches whose mean gradient makes an update; of the last update of the epoch maybe fewer.
+        skip_nonfinite: how many updates in a row may be left out because a loss of theirs is not finite. If more than
+            none, each update waits for the loss.
+        state: `Progress.state_dict` of the part of the epoch that has been trained.
+        after_update: called with the Progress after each update but the last.
     Returns:
-        Dict of the epoch's mean loss and images_per_second over all processes, last lr and keep_rate.
+        The Progress of the epoch; its summary has mean loss and images_per_second over all processes, the last lr and
+        keep_rate, and the number of skipped_steps if there were any.
     Raises:
-        FloatingPointError: the loss is not finite; noticed where it is logged, so that no step waits for the device.
-            Or a weight, after the last step.
+        FloatingPointError: a loss is not finite; unless `skip_nonfinite`, noticed where it is logged or saved, so
+            that no step waits for the device. Or a weight, after the last step.
     """
-    progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True)
-    for step, (images, labels) in enumerate(loader):
+    progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True, state=state)
+    broken = False                                                         # whether this update is to be left out
+    for step, (images, labels) in enumerate(loader, start=progress.step):
         # Of erasing, mixup, dropout and drop path; never 0 at the end, so this is no key of a sample (see TrainSampler)
         seed_all(seed, epoch, step, 1 + rank())
         if erase is not None:
@@ -55,34 +63,58 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         with contextlib.nullcontext() if updates or not hasattr(model, 'no_sync') else model.no_sync():
             with autocast(device, amp_dtype):
                 loss = criterion(images, model(images, **rate), labels)
-            scaler.scale(loss / batches).backward()
+            broken |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
+            if not broken:
+                scaler.scale(loss / batches).backward()
+        progress.update(loss.detach(), len(images), counts=not broken, lr=optimizer.param_groups[0]['lr'], **rate)
         if updates:
-            if clip_grad is not None:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            if model_ema is not None:
-                model_ema.update(model)
-        progress.update(loss.detach(), len(images), lr=optimizer.param_groups[0]['lr'], **rate)
+            if broken:
+                optimizer.zero_grad()
+                progress.skip(skip_nonfinite)
+            else:
+                update_weights(model, optimizer, scaler, clip_grad, model_ema)
+                progress.skipped_in_a_row = 0
+            broken = False
+            if after_update is not None and progress.step < len(loader):
+                after_update(progress)
+    check_weights(model, progress.title)
+    return progress
+
+
+def update_weights(model, optimizer, scaler, clip_grad, model_ema):
+    """One step of the optimizer, and of the moving average after it."""
+    if clip_grad is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    if model_ema is not None:
+        model_ema.update(model)
+
+
+def check_weights(model, title):
+    """Raises FloatingPointError unless all weights are finite."""
     if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
-        raise FloatingPointError(f'Epoch: [{epoch}] the last step left weights that are not finite; '
+        raise FloatingPointError(f'{title} the last step left weights that are not finite; '
                                  'try a lower --lr, --clip-grad, or --amp-dtype float32')
-    return progress.summary()
 
 
 @torch.no_grad()
-def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50):
+def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50, after_batch=None):
     """Accuracy and cross entropy of a model, in eval mode, over a whole data set.
 
     Args:
         sharded: the loader holds this process's share only, so the sums of all processes make the figures.
+        after_batch: called after each batch of which every process has one.
     Returns:
         Dict of acc1 and acc5 in percent, loss, and the number of images they are over.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=device)            # correct at 1, correct at 5, loss, images
     progress = Progress('Test:', len(loader), print_freq, device)
+    if sharded:
+        share_buffers(model)
+    common_batches = int(all_reduce(torch.tensor(len(loader), device=device), dist.ReduceOp.MIN))
     with eval_mode(model):
         for images, labels in loader:
             with autocast(device, amp_dtype):
@@ -92,7 +124,9 @@ def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50):
             totals += torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss.double() * len(images),
                                    torch.full_like(totals[3], len(images))])
             progress.update(loss, len(images))
-    correct1, correct5, loss_sum, num_images = (all_reduce_sum(totals) if sharded else totals).tolist()
+            if after_batch is not None and progress.step <= common_batches:
+                after_batch()
+    correct1, correct5, loss_sum, num_images = (all_reduce(totals) if sharded else totals).tolist()
     acc1, acc5, loss = 100 * correct1 / num_images, 100 * correct5 / num_images, loss_sum / num_images
     log(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
     return {'acc1': acc1, 'acc5': acc5, 'loss': loss, 'images': int(num_images)}

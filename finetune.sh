@@ -27,4 +27,4 @@ else
         --shrink_start_epoch 0 --shrink_epochs 0 --clip-grad 1 --no-model-ema
         --mixup 0 --cutmix 0 --aa '' --color-jitter 0 --reprob 0 --no-repeated-aug)
 fi
-exec "${launch[@]}" "$main" "${recipe[@]}" --finetune "$ckpt" --output_dir "$logdir" "$@"
+exec "${launch[@]}" "$main" "${recipe[@]}" --finetune "$ckpt" --output_dir "$logdir" --resume auto "$@"

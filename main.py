@@ -7,15 +7,19 @@ import datetime
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -28,7 +32,7 @@ from torch.utils.data import Subset
 import models_evit
 import utils
 from datasets import INAT_CATEGORIES, SeededDataset, build_dataset, build_loader, check_same_classes
-from engine import evaluate, keep_rate_at, train_one_epoch
+from engine import check_weights, evaluate, keep_rate_at, train_one_epoch
 from losses import DistillationLoss
 from samplers import EvalSampler, TrainSampler
 from speed_test import macs, throughput
@@ -175,7 +179,12 @@ def get_args_parser():
     add('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16', 'float32'],
         help='auto: bfloat16 on a GPU that has it, float16 on another, float32 on a CPU')
     add('--seed', type=count, default=0)
-    add('--resume', default='', metavar='CHECKPOINT', help='go on from it, file or https address')
+    add('--resume', default='', metavar='CHECKPOINT',
+        help="go on from it, file or https address; auto: the output folder's newest, or anew where it has none")
+    add('--checkpoint-interval', type=positive_int, default=500,
+        help='updates of the weights after which a checkpoint is saved; one is after each epoch, too')
+    add('--skip-nonfinite', type=count, default=0,
+        help='updates in a row that may be left out because their loss is not finite, before the run fails')
     add('--start-epoch', type=count, default=0)
     add('--eval-interval', type=positive_int, default=1, help='epochs')
     add('--print-freq', type=positive_int, default=50, help='steps')
@@ -185,6 +194,8 @@ def get_args_parser():
     add('--dist-eval', action='store_true', help='share the evaluation among the processes')
     add('--world-size', type=positive_int, default=1, help='number of processes, unless the environment tells it')
     add('--dist-url', default='env://', help='where the processes meet')
+    add('--dist-timeout', type=within(1, 10 ** 6), default=600,
+        help='seconds after which a process that the others wait for counts as lost')
     return parser
 
 
@@ -227,7 +238,8 @@ def parse_args(argv):
             (args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1],
              '--cutmix-minmax takes the smaller share first'),
             (evaluates_only(args) and not args.resume,
-             '--eval and --visualize-mask need --resume CHECKPOINT')):
+             '--eval and --visualize-mask need --resume CHECKPOINT'),
+            (args.resume == 'auto' and not args.output_dir, '--resume auto needs the --output-dir of the run')):
         if wrong:
             parser.error(message)
     return args
@@ -358,20 +370,28 @@ class Training:
             ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
             self.model_ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
         self.epoch = args.start_epoch
+        self.progress = None
         self.best_acc1 = 0.
 
     def checkpoint(self, args):
-        """The checkpoint of a run that has finished the epoch before `self.epoch`."""
+        """The checkpoint of a run that has done the epochs before `self.epoch`, and of that one `self.progress`."""
         return {
             'model': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
             'lr_scheduler': self.lr_scheduler.state_dict(),
+            'plateau': self.plateau.state_dict() if self.plateau else None,
             'epoch': self.epoch - 1,
+            'progress': self.progress,
             'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
             'scaler': self.scaler.state_dict(),
             'best_acc1': self.best_acc1,
             'args': vars(args),
         }
+
+    @property
+    def plateau(self):
+        """torch's scheduler within timm's for --sched plateau, which does not hand out its state."""
+        return getattr(self.lr_scheduler, 'lr_scheduler', None)
 
     def resume(self, checkpoint, source):
         """Go on after a checkpoint; one without an optimizer gives its weights alone."""
@@ -386,48 +406,71 @@ class Training:
         try:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             self.lr_scheduler.load_state_dict(checkpoint['lr_scheduler'])
+            if self.plateau and checkpoint.get('plateau'):
+                self.plateau.load_state_dict(checkpoint['plateau'])
             if checkpoint.get('scaler'):
                 self.scaler.load_state_dict(checkpoint['scaler'])
             self.epoch = checkpoint['epoch'] + 1
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f'{source} lacks a part, or is of another optimizer: {error!r}') from None
-        self.best_acc1 = checkpoint.get('best_acc1', 0.)
+        self.best_acc1, self.progress = checkpoint.get('best_acc1', 0.), checkpoint.get('progress')
+
+    def start_step(self, num_steps, accum_steps):
+        """The step at which the epoch goes on, 0 if it begins; if it has more or fewer steps now, the like of it."""
+        if self.progress and self.progress['num_steps'] != num_steps:
+            step = self.progress['step'] * num_steps // self.progress['num_steps'] // accum_steps * accum_steps
+            log(f'note: the checkpoint was saved at step {self.progress["step"]} of {self.progress["num_steps"]}, an '
+                f'epoch has {num_steps} now; training goes on at step {step}')
+            self.progress = {**self.progress, 'step': step, 'num_steps': num_steps}
+        return self.progress['step'] if self.progress else 0
 
 
-def read_resume(args):
-    """The checkpoint of --resume; says which settings that change what it does it was trained with, if others."""
-    checkpoint = utils.load_checkpoint(args.resume)
+def find_resume(args, device):
+    """The file or address that --resume stands for, '' if the run begins anew."""
+    if args.resume != 'auto':
+        return args.resume
+    source = utils.newest_checkpoint(args.output_dir, device)
+    if evaluates_only(args) and not source:
+        raise InputError(f'--resume auto: {args.output_dir} has no {utils.NEWEST}')
+    log(f'Going on from {source}' if source else f'{args.output_dir} has no {utils.NEWEST}: the run begins')
+    return source
+
+
+def read_resume(args, source):
+    """The checkpoint to resume; says which settings that change what it does it was trained with, if others."""
+    checkpoint = utils.load_checkpoint(source)
     trained = checkpoint.get('args') or {}
     trained = trained if isinstance(trained, dict) else vars(trained)
     for name in () if evaluates_only(args) else ('opt', 'sched'):
         if name in trained and trained[name] != getattr(args, name):
-            raise InputError(f'{args.resume} was trained with --{name} {trained[name]} and cannot go on with '
+            raise InputError(f'{source} was trained with --{name} {trained[name]} and cannot go on with '
                              f'{getattr(args, name)}')
     settings = ('model', 'input_size', 'base_keep_rate', 'fuse_token', 'drop_loc')
     for name in settings if evaluates_only(args) else (*settings, 'finetune'):
         if name in trained and str(trained[name] or '') != str(getattr(args, name) or ''):
-            log(f'note: {args.resume} was trained with {name} {trained[name]}, this run has {getattr(args, name)}')
+            log(f'note: {source} was trained with {name} {trained[name]}, this run has {getattr(args, name)}')
     return checkpoint
 
 
 # --- What a run does ------------------------------------------------------------------------------------------------
 
-def test_accuracy(args, model, loader, device, name='network', sharded=None):
+def test_accuracy(args, model, loader, device, name='network', sharded=None, after_batch=None):
     """Evaluate, and print the figure that everybody looks for; → dict of `engine.evaluate`."""
     stats = evaluate(runnable(args, model, device), loader, device=device,
                      amp_dtype=choose_amp_dtype(args.amp_dtype, device),
-                     sharded=args.dist_eval if sharded is None else sharded, print_freq=args.print_freq)
+                     sharded=args.dist_eval if sharded is None else sharded, print_freq=args.print_freq,
+                     after_batch=after_batch)
     log(f'Accuracy of the {name} on the {stats["images"]} test images: {stats["acc1"]:.2f}%')
     return stats
 
 
-def run_evaluation(args, model, loader, device):
-    """Evaluate the checkpoint of --resume, and its moving average if it has one."""
-    checkpoint = read_resume(args)
-    utils.load_weights(model, checkpoint['model'], args.resume)
+def run_evaluation(args, model, loader, device, source):
+    """Evaluate a checkpoint, and its moving average if it has one."""
+    checkpoint = read_resume(args, source)
+    utils.load_weights(model, checkpoint['model'], source)
     test_accuracy(args, model, loader, device)
     if args.model_ema and checkpoint.get('model_ema'):
-        utils.load_weights(model, checkpoint['model_ema'], f'model_ema of {args.resume}')
+        utils.load_weights(model, checkpoint['model_ema'], f'model_ema of {source}')
         test_accuracy(args, model, loader, device, 'EMA network')
 
 
@@ -497,6 +540,17 @@ def write_log(folder, stats):
         file.write(json.dumps(stats) + '\n')
 
 
+def cut_log(folder, epoch):
+    """Take the lines of an epoch and of those after it out of log.txt."""
+    path = folder / 'log.txt'
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True)
+                 if line.endswith('\n') and json.loads(line).get('epoch', -1) < epoch]
+        temporary = path.with_name('log.txt.tmp')
+        temporary.write_text(''.join(lines))
+        temporary.replace(path)
+
+
 def set_training_mode(model, args):
     """Train mode; eval mode while finetuning, which the published recipe does without dropout and drop path."""
     model.train(not args.finetune)
@@ -507,54 +561,90 @@ def set_training_mode(model, args):
 
 
 def train(args, training, loader_train, loader_val, num_classes, device):
-    """Train to the last epoch; after each, evaluate, save and log."""
-    model, steps = training.model, len(loader_train)
-    erase = None
-    if args.reprob:
-        erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
+    """Train to the last epoch; after each, evaluate, log and save. Raises utils.Stopped if a signal ends it before."""
     mixup, criterion = build_criterion(args, num_classes, device)
-    keep_rate_of_step = None
-    if args.model in models_evit.VARIANTS:
-        def keep_rate_of_step(step):
-            return keep_rate_at(training.epoch * steps + step, steps, args.shrink_start_epoch, args.shrink_epochs,
-                                args.base_keep_rate)
-    parallel = runnable(args, model, device)
+    parallel = runnable(args, training.model, device)
     if torch.distributed.is_initialized():
         parallel = DistributedDataParallel(parallel, device_ids=[device] if device.type == 'cuda' else None)
     output = RunOutput(args, training.epoch)
     start = time.perf_counter()
     if training.epoch >= args.epochs:
         log(f'Nothing is left to train: {training.epoch} of {args.epochs} epochs are done')
-    while training.epoch < args.epochs:
-        epoch = training.epoch
-        set_training_mode(model, args)
-        loader_train.sampler.set_epoch(epoch)
-        train_stats = train_one_epoch(
-            parallel, criterion, loader_train, training.optimizer, epoch, device=device, scaler=training.scaler,
-            amp_dtype=choose_amp_dtype(args.amp_dtype, device), seed=args.seed, keep_rate=keep_rate_of_step,
-            erase=erase, mixup=mixup, model_ema=training.model_ema, clip_grad=args.clip_grad,
-            accum_steps=args.accum_steps, print_freq=args.print_freq)
-        training.epoch += 1
-        stats = {f'train_{key}': value for key, value in train_stats.items()}
-        best = False
-        if training.epoch % args.eval_interval == 0 or training.epoch == args.epochs:
-            stats |= test_stats(args, training, loader_val, device)
-            log_masks(args, model, loader_val.dataset, output, epoch, device)
-            best = stats['test_acc1'] >= training.best_acc1
-            training.best_acc1 = max(training.best_acc1, stats['test_acc1'])
-            log(f'Max accuracy: {training.best_acc1:.2f}%')
-        training.lr_scheduler.step(epoch, stats.get('test_acc1'))
-        output.save(training.checkpoint(args), best)
-        output.write(stats, epoch, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    with utils.StopSignal(device) as stop:
+        while training.epoch < args.epochs:
+            epoch = training.epoch
+            stats = train_epoch(args, training, parallel, criterion, mixup, loader_train, output, stop, device)
+            best = False
+            if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
+                stats |= test_stats(args, training, loader_val, device,
+                                    lambda: stop_if_asked(args, training, output, stop))
+                log_masks(args, training.model, loader_val.dataset, output, epoch, device)
+                best = stats['test_acc1'] >= training.best_acc1
+                training.best_acc1 = max(training.best_acc1, stats['test_acc1'])
+                log(f'Max accuracy: {training.best_acc1:.2f}%')
+            training.lr_scheduler.step(epoch, stats.get('test_acc1'))
+            training.epoch, training.progress = epoch + 1, None
+            output.write(stats, epoch, sum(p.numel() for p in training.model.parameters() if p.requires_grad))
+            output.save(training.checkpoint(args), best)
     output.close()
     log(f'Training time {datetime.timedelta(seconds=round(time.perf_counter() - start))}')
 
 
-def test_stats(args, training, loader, device):
+def train_epoch(args, training, parallel, criterion, mixup, loader, output, stop, device):
+    """Train for what is left of an epoch, and save at the interval; → the figures for the log."""
+    epoch, num_steps = training.epoch, len(loader)
+    erase = None
+    if args.reprob:
+        erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
+    keep_rate_of_step = None
+    if args.model in models_evit.VARIANTS:
+        def keep_rate_of_step(step):
+            return keep_rate_at(epoch * num_steps + step, num_steps, args.shrink_start_epoch, args.shrink_epochs,
+                                args.base_keep_rate)
+
+    def after_update(progress):
+        signum = stop.agreed()
+        if signum or progress.step // args.accum_steps % args.checkpoint_interval == 0:
+            training.progress = progress.state_dict()
+            check_weights(training.model, progress.title)
+            output.save(training.checkpoint(args))
+        if signum:
+            leave(signum)
+
+    set_training_mode(training.model, args)
+    loader.sampler.set_epoch(epoch, training.start_step(num_steps, args.accum_steps) * args.batch_size)
+    progress = train_one_epoch(
+        parallel, criterion, loader, training.optimizer, epoch, device=device, scaler=training.scaler,
+        amp_dtype=choose_amp_dtype(args.amp_dtype, device), seed=args.seed, keep_rate=keep_rate_of_step, erase=erase,
+        mixup=mixup, model_ema=training.model_ema, clip_grad=args.clip_grad, accum_steps=args.accum_steps,
+        skip_nonfinite=args.skip_nonfinite, print_freq=args.print_freq, state=training.progress,
+        after_update=after_update)
+    stats = progress.summary()
+    training.progress = progress.state_dict()
+    return {f'train_{key}': value for key, value in stats.items()}
+
+
+def stop_if_asked(args, training, output, stop):
+    """Within an evaluation, which will be done again: save and leave if a signal asks for it."""
+    signum = stop.agreed()
+    if signum:
+        output.save(training.checkpoint(args))
+        leave(signum)
+
+
+def leave(signum):
+    """End the run of all processes, once the first has saved it."""
+    log('Stopped by a signal; the state is saved')
+    utils.leave_process_group()
+    raise utils.Stopped(signum)
+
+
+def test_stats(args, training, loader, device, after_batch):
     """Figures of the model, and of its moving average beside it, for the log."""
-    stats = test_accuracy(args, training.model, loader, device)
+    stats = test_accuracy(args, training.model, loader, device, after_batch=after_batch)
     if training.model_ema and next(training.model_ema.module.parameters()).device == device:
-        ema_stats = test_accuracy(args, training.model_ema.module, loader, device, 'EMA network')
+        ema_stats = test_accuracy(args, training.model_ema.module, loader, device, 'EMA network',
+                                  after_batch=after_batch)
         stats |= {f'ema_{key}': value for key, value in ema_stats.items()}
     return {f'test_{key}': value for key, value in stats.items() if not key.endswith('images')}
 
@@ -563,61 +653,72 @@ def log_masks(args, model, dataset, output, epoch, device):
     """Show what the model keeps of the same 8 validation images each time, in the first process's TensorBoard."""
     if args.log_masks and output.folder and args.model in models_evit.VARIANTS:
         grid, _ = sheets_of(args, model, spread(dataset, 8), dataset.classes, device)
-        output.writer.add_image('masks', np.asarray(grid), epoch, dataformats='HWC')
+        output.write_event(epoch, summary=summary.image('masks', np.asarray(grid), dataformats='HWC'))
 
 
 class RunOutput:
-    """The output folder of the first process: checkpoints, log.txt (a JSON line an epoch), TensorBoard's files."""
+    """The output folder of the first process: checkpoints, log.txt (a JSON line an epoch), TensorBoard's files.
+
+    Both logs are written before the checkpoint; so what they hold of epochs from `epoch` on is of a run that was broken
+    off, and will come again. It is taken out of log.txt, and TensorBoard is told to pass it over.
+    """
 
     def __init__(self, args, epoch):
         folder = make_folder(args.output_dir) if args.output_dir else None             # everywhere, to fail everywhere
         self.folder = folder if utils.rank() == 0 else None
         if self.folder:
-            self.writer = SummaryWriter(str(self.folder), purge_step=epoch)
+            if args.resume:
+                cut_log(self.folder, epoch)
+            # Not its SummaryWriter, which leaves the writing to a thread that may be late when the run is killed
+            self.events = EventsWriter(str(self.folder / 'events'))
+            self.write_event(epoch, session_log=SessionLog(status=SessionLog.START))
 
-    def save(self, checkpoint, best):
+    def save(self, checkpoint, best=False):
         if self.folder:
-            names = ['checkpoint.pth', 'best_checkpoint.pth'] if best else ['checkpoint.pth']
-            utils.save_checkpoint(checkpoint, *(self.folder / name for name in names))
+            utils.save_checkpoint(checkpoint, self.folder, best)
 
     def write(self, stats, epoch, num_parameters):
         if self.folder:
             write_log(self.folder, {**stats, 'epoch': epoch, 'n_parameters': num_parameters})
             for name, value in stats.items():
-                self.writer.add_scalar(name.replace('_', '/', 1), value, epoch)
-            self.writer.flush()
+                self.write_event(epoch, summary=summary.scalar(name.replace('_', '/', 1), value))
+
+    def write_event(self, epoch, **content):
+        self.events.write_event(Event(step=epoch, wall_time=time.time(), **content))
+        self.events.flush()
 
     def close(self):
         if self.folder:
-            self.writer.close()
+            self.events.close()
 
 
 def main(args):
-    device = utils.init_process_group(args.device, args.dist_url, args.world_size)
+    device = utils.init_process_group(args.device, args.dist_url, args.world_size, args.dist_timeout)
     utils.allow_fast_kernels(device)
     utils.seed_all(args.seed)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     if args.only_test_speed:
         test_speed(args, build_model(args, num_classes=1000).to(device, memory_format=memory_format), device)
         return
+    source = find_resume(args, device)
     loader_train, loader_val = build_loaders(args, device)
     num_classes = len(loader_val.dataset.classes)
     model = build_model(args, num_classes)
-    if args.finetune and not args.resume:
+    if args.finetune and not source:
         load_finetune(model, args.finetune)
     model.to(device, memory_format=memory_format)
     log(describe(args, model, loader_train, loader_val, device))
     if args.test_speed:
         test_speed(args, model, device)
     if args.eval:
-        run_evaluation(args, model, loader_val, device)
+        run_evaluation(args, model, loader_val, device, source)
     elif args.visualize_mask:
-        utils.load_weights(model, read_resume(args)['model'], args.resume)
+        utils.load_weights(model, read_resume(args, source)['model'], source)
         visualize(args, model, loader_val.dataset, device)
     else:
         training = Training(args, model, device)
-        if args.resume:
-            training.resume(read_resume(args), args.resume)
+        if source:
+            training.resume(read_resume(args, source), source)
         train(args, training, loader_train, loader_val, num_classes, device)
 
 
@@ -635,10 +736,34 @@ def run():
     try:
         main(parse_args(sys.argv[1:]))
         utils.leave_process_group()
-    except (InputError, FloatingPointError, OSError) as error:
-        if utils.local_rank() == 0 or isinstance(error, (utils.DataError, OSError)):
-            print(f'main.py: error: {utils.one_line(error)}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except utils.Stopped:
+        sys.exit(128 + signal.SIGTERM)
+    except Exception as error:
+        fail(error)
+
+
+def fail(error):
+    """End a run that failed: say why, to the other processes too, and do not wait for them."""
+    status, message, others = 1, utils.one_line(error), utils.Failures.cause(error)
+    if others:
+        shown, message = utils.rank() == 0, others
+    elif isinstance(error, (InputError, FloatingPointError, OSError)):
+        status = 2 if isinstance(error, InputError) else 1
+        shown = os.environ.get('LOCAL_RANK', '0') == '0' or isinstance(error, (utils.DataError, OSError))
+    elif str(error).startswith('DataLoader worker'):
+        shown, message = True, f'{message.strip()} It may have run out of memory: lower --num-workers or --batch-size'
+    else:
+        traceback.print_exc()
+        shown = False
+    if shown:
+        print(f'main.py: error: {message}', file=sys.stderr)
+    if not others:
+        utils.Failures.tell(message)
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)                                                   # the group's end would wait for the others
+    sys.exit(status)
 
 
 if __name__ == '__main__':

@@ -24,4 +24,4 @@ else
         --lr 4e-3 --clip-grad 1 --drop-path 0 --no-model-ema
         --mixup 0 --cutmix 0 --aa '' --color-jitter 0 --reprob 0 --no-repeated-aug)
 fi
-exec "${launch[@]}" "$main" "${recipe[@]}" --output_dir "$logdir" "$@"
+exec "${launch[@]}" "$main" "${recipe[@]}" --output_dir "$logdir" --resume auto "$@"

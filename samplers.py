@@ -1,4 +1,6 @@
 """Which sample a process sees, when."""
+from itertools import islice
+
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler, Sampler
 
@@ -27,12 +29,13 @@ class TrainSampler(Sampler):
         self.num_replicas, self.rank, self.seed = num_replicas, rank, seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, start=0):
+        """Go over to an epoch, of which this process's first `start` samples are left out, because it had them."""
+        self.epoch, self.start = epoch, start
         self.order.set_epoch(self.seed + epoch)
 
     def __iter__(self):
-        for i, index in enumerate(self.order):
+        for i, index in islice(enumerate(self.order), self.start, None):
             yield index, (self.seed, self.epoch, i * self.num_replicas + self.rank)
 
     def __len__(self):

@@ -1,4 +1,4 @@
-"""What the fault tests share: the undisturbed runs that all others are compared with, and the table of what was tried."""
+"""What the fault tests share: the undisturbed runs that all others are compared with, and the table of the results."""
 import pytest
 
 from runs import train
@@ -12,7 +12,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def table(request):
-    """table(faults, what): once a test has passed, add its row of README's table, so many faults tried, of which kind."""
+    """table(faults, what): once a test has passed, add a row of README's table, so many faults tried, of which kind."""
     return lambda faults, what: request.config.stash[rows].append((faults, what))
 
 
