@@ -204,9 +204,12 @@ def with_dashes(flag):
     return name.replace('_', '-') + equals + value
 
 
-def parse_args(argv):
-    """The command line as a Namespace, every flag accepted with - and with _; exits with status 2 where it is wrong."""
-    parser = get_args_parser()
+def parse_args(argv, parser=None):
+    """The command line as a Namespace, every flag accepted with - and with _; exits with status 2 where it is wrong.
+
+    A `parser` given knows more flags than main.py has.
+    """
+    parser = parser or get_args_parser()
     argv = [with_dashes(text) if text.startswith('--') else text for text in argv]
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(TOKEN_FLAGS)))       # None where not typed
     token_flags = ['--' + name for name in TOKEN_FLAGS if getattr(args, name) is not None]

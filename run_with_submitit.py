@@ -18,15 +18,17 @@ import utils
 CODE = Path(__file__).resolve().parent
 
 
-def get_args_parser():
+def get_args_parser(folder='that of the job'):
+    """main.py's flags and the job's; `folder` is where main.py saves unless --output-dir is given."""
     parser = main.get_args_parser()
     parser.description = 'EViT: training and evaluation as a job of Slurm'
+    parser.set_defaults(output_dir=folder)
     add = parser.add_argument_group('job').add_argument
     add('--ngpus', type=main.count, default=8, help='GPUs, and so processes, a node; 0: one process, on the CPU')
     add('--nodes', type=main.positive_int, default=1)
     add('--timeout', type=main.positive_int, default=2880, help='minutes after which the job goes back to the queue')
     add('--job-dir', default='runs/submitit/%j',
-        help="of the logs, and without --output-dir of what main.py saves; all nodes see it; %%j: the job's number")
+        help="of the logs, and of what main.py saves unless --output-dir is given; all nodes see it; %%j: job's number")
     add('--partition', help="None: the cluster's default")
     add('--comment', help='for the scheduler')
     add('--constraint', help='features that nodes must have')
@@ -45,9 +47,9 @@ class Job:
 
     def __call__(self):
         requeue = signal.getsignal(signal.SIGUSR2)     # submitit's, in whose place training puts its own
-        folder, signum = submitit.JobEnvironment().paths.folder, None
+        folder, signum = str(submitit.JobEnvironment().paths.folder), None
         try:
-            main.main(main.parse_args([f'--output-dir={folder}', *self.argv], get_args_parser()))
+            main.main(main.parse_args(self.argv, get_args_parser(folder)))
             utils.leave_process_group()
         except utils.Stopped as stopped:
             signum = stopped.signum
@@ -73,7 +75,7 @@ def submit(argv):
         job_name='evit', nodes=args.nodes, ntasks_per_node=max(1, args.ngpus), gpus_per_node=args.ngpus or None,
         cpus_per_task=cpus, time=args.timeout, partition=args.partition, comment=args.comment,
         constraint=args.constraint, additional_parameters={'requeue': True},
-        setup=[f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(CODE))}:$PYTHONPATH'],
+        setup=[f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(CODE))}${{PYTHONPATH:+:$PYTHONPATH}}'],
         # Since Slurm 22.05 srun does not take the cores from the job; and when a process dies, the others wait in vain
         srun_args=[f'--cpus-per-task={cpus}', '--kill-on-bad-exit=1'])
     defaults = [f'--device={"cuda" if args.ngpus else "cpu"}', f'--num-workers={args.num_workers}', '--resume=auto']
@@ -82,11 +84,11 @@ def submit(argv):
 
 def run(argv=None):
     """The program: what is wrong is one line, and the exit status 2."""
-    if submitit is None:
-        sys.exit('run_with_submitit.py: error: submitit is not installed: pip install -r requirements-submitit.txt')
     try:
+        if submitit is None:
+            raise RuntimeError('submitit is not installed; pip install -r requirements-submitit.txt')
         job = submit(sys.argv[1:] if argv is None else argv)
-    except (RuntimeError, OSError) as error:           # no Slurm here, or it refuses the job
+    except (RuntimeError, OSError) as error:           # or there is no Slurm here, or it refuses the job
         print(f'run_with_submitit.py: error: {utils.one_line(error)}', file=sys.stderr)
         sys.exit(2)
     print(f'Submitted job {job.job_id}; its logs: {job.paths.stdout} and {job.paths.stderr}')
