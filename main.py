@@ -24,7 +24,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler
+from timm.scheduler import PlateauLRScheduler, create_scheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
@@ -381,8 +381,7 @@ class Training:
         return {
             'model': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
-            'lr_scheduler': self.lr_scheduler.state_dict(),
-            'plateau': self.plateau.state_dict() if self.plateau else None,
+            'lr_scheduler': self.scheduler_state(),
             'epoch': self.epoch - 1,
             'progress': self.progress,
             'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
@@ -391,10 +390,18 @@ class Training:
             'args': vars(args),
         }
 
-    @property
-    def plateau(self):
-        """torch's scheduler within timm's for --sched plateau, which does not hand out its state."""
-        return getattr(self.lr_scheduler, 'lr_scheduler', None)
+    def scheduler_state(self):
+        """What timm's scheduler hands out, and what the one of --sched plateau keeps back."""
+        state = self.lr_scheduler.state_dict()
+        if isinstance(self.lr_scheduler, PlateauLRScheduler):
+            state |= {'inner': self.lr_scheduler.lr_scheduler.state_dict(), 'restore_lr': self.lr_scheduler.restore_lr}
+        return state
+
+    def load_scheduler(self, state):
+        self.lr_scheduler.load_state_dict(state)
+        if isinstance(self.lr_scheduler, PlateauLRScheduler) and 'inner' in state:
+            self.lr_scheduler.lr_scheduler.load_state_dict(state['inner'])
+            self.lr_scheduler.restore_lr = state['restore_lr']
 
     def resume(self, checkpoint, source):
         """Go on after a checkpoint; one without an optimizer gives its weights alone."""
@@ -408,9 +415,7 @@ class Training:
             return
         try:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
-            self.lr_scheduler.load_state_dict(checkpoint['lr_scheduler'])
-            if self.plateau and checkpoint.get('plateau'):
-                self.plateau.load_state_dict(checkpoint['plateau'])
+            self.load_scheduler(checkpoint['lr_scheduler'])
             if checkpoint.get('scaler'):
                 self.scaler.load_state_dict(checkpoint['scaler'])
             self.epoch = checkpoint['epoch'] + 1

@@ -417,9 +417,8 @@ class Progress:
         self.skipped_in_a_row += 1
         log(f'{self.title} step {self.step} is left out: its loss is not finite')
         if self.skipped_in_a_row > limit:
-            raise FloatingPointError(f'{self.title} at step {self.step}, for the {self.skipped_in_a_row}th time in a '
-                                     'row, the loss is not finite; try a lower --lr, --clip-grad, or --amp-dtype '
-                                     'float32')
+            raise FloatingPointError(f'{self.title} at step {self.step} the loss is not finite {self.skipped_in_a_row} '
+                                     'times in a row; try a lower --lr, --clip-grad, or --amp-dtype float32')
 
     def mean_loss(self):
         """The mean loss up to here, of all processes if in lockstep; then it is finite, or FloatingPointError."""
@@ -456,6 +455,12 @@ class Progress:
 # --- Checkpoints ----------------------------------------------------------------------------------------------------
 
 NEWEST, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
+CHECKSUM_SIZE = 8
+
+
+def checksum(data):
+    """CRC-32 as 8 hexadecimal digits; each damage of up to 32 bits in a row changes it."""
+    return b'%08x' % zlib.crc32(data)
 
 
 def save_checkpoint(checkpoint, folder, best=False):
@@ -478,7 +483,7 @@ def save_checkpoint(checkpoint, folder, best=False):
     try:
         with temporary.open('wb') as file:
             file.write(data)
-            file.write(b'%08x' % zlib.crc32(data))
+            file.write(checksum(data))
             file.flush()
             os.fsync(file.fileno())
         if best:
@@ -546,15 +551,12 @@ def newest_checkpoint(folder, device):
     return str(Path(folder) / names[choice - 1]) if choice else ''
 
 
-END_OF_ARCHIVE, CHECKSUM_SIZE = b'PK\5\6', 8
-
-
 def check_checksum(data, source):
     """DamagedCheckpoint if a file is cut or changed since `save_checkpoint` wrote it; others have no checksum."""
-    _, found, end = data[-22 - CHECKSUM_SIZE:].partition(END_OF_ARCHIVE)   # 22 bytes end an archive, but for a comment
-    if not found or len(end) == 18:
-        return
-    if len(end) != 18 + CHECKSUM_SIZE or b'%08x' % zlib.crc32(data[:-CHECKSUM_SIZE]) != data[-CHECKSUM_SIZE:]:
+    # A zip archive ends with these 4 bytes, 16 more, the length of the comment in 2, and the comment
+    _, found, end = data[-22 - CHECKSUM_SIZE:].partition(b'PK\5\6')
+    others = len(end) == 18 and end.endswith(bytes(2))
+    if found and not others and data[-CHECKSUM_SIZE:] != checksum(data[:-CHECKSUM_SIZE]):
         raise DamagedCheckpoint(f'checkpoint {source} is damaged: its checksum is not that of its content')
 
 

@@ -1,4 +1,6 @@
 import contextlib
+import copy
+import math
 import random
 import types
 
@@ -51,7 +53,7 @@ def train_epoch(model, loader, seed=0, **kwargs):
     return train_one_epoch(
         model, lambda images, outputs, labels: torch.nn.functional.cross_entropy(outputs, labels), loader, optimizer,
         epoch=0, device=CPU, scaler=torch.amp.GradScaler('cpu', enabled=False), amp_dtype=torch.float32, seed=seed,
-        **kwargs)
+        **kwargs).summary()
 
 
 def test_train_one_epoch_is_plain_gradient_descent():
@@ -84,9 +86,53 @@ def test_keep_rate_of_each_step_reaches_the_model():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    loader = DataLoader(TensorDataset(torch.full((4, 3), float('nan')), torch.zeros(4, dtype=torch.long)), 2)
-    with pytest.raises(FloatingPointError, match=r'Epoch: \[0\].*nan by step 2.*--lr'):
-        train_epoch(Logits(3), loader)
+    with pytest.raises(FloatingPointError, match=r'Epoch: \[0\].*loss of step 3 is not finite.*--lr'):
+        train_epoch(Logits(3), broken_batches(10, {2, 5}))
+
+
+def broken_batches(number, broken):
+    """So many batches of one image, some of which are not numbers."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(1, 3, generator=generator), torch.tensor([i % 3])) for i in range(number)]
+    for i in broken:
+        batches[i][0][0, 1] = float('nan')
+    return batches
+
+
+@pytest.mark.parametrize('accum_steps, left_out', [(1, {2, 5}), (2, {2, 3, 4, 5})])
+def test_updates_whose_loss_is_not_finite_are_left_out(accum_steps, left_out, capsys):
+    model, expected, batches = Logits(3), Logits(3), broken_batches(10, {2, 5})
+    stats = train_epoch(model, batches, skip_nonfinite=2, accum_steps=accum_steps)
+    kept = [batch for i, batch in enumerate(batches) if i not in left_out]
+    train_epoch(expected, kept, accum_steps=accum_steps)
+    assert torch.equal(model.scale, expected.scale) and stats['skipped_steps'] == 2 and math.isfinite(stats['loss'])
+    assert f'step {2 + accum_steps} is left out' in capsys.readouterr().out
+
+
+def test_no_more_updates_in_a_row_are_left_out_than_allowed():
+    train_epoch(Logits(3), broken_batches(10, {2, 3, 5, 6}), skip_nonfinite=2)
+    with pytest.raises(FloatingPointError, match='step 5 the loss is not finite 3 times in a row'):
+        train_epoch(Logits(3), broken_batches(10, {2, 3, 4, 6}), skip_nonfinite=2)
+
+
+def test_the_rest_of_an_epoch_is_as_the_whole():
+    batches, states = broken_batches(10, {3, 4, 8}), {}
+    model, copies = Logits(3), {}
+
+    def keep(progress):
+        states[progress.step] = progress.state_dict()
+        copies[progress.step] = copy.deepcopy(model)
+
+    whole = train_epoch(model, batches, skip_nonfinite=2, accum_steps=2, after_update=keep)
+    assert list(states) == [2, 4, 6, 8]
+    for step, state in states.items():
+        class Rest(list):
+            def __len__(self):
+                return len(batches)
+
+        part = train_epoch(copies[step], Rest(batches[step:]), skip_nonfinite=2, accum_steps=2, state=state)
+        assert torch.equal(copies[step].scale, model.scale)
+        assert part | {'images_per_second': 0} == whole | {'images_per_second': 0}
 
 
 def test_a_weight_that_is_not_finite_stops_the_run():

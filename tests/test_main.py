@@ -1,7 +1,9 @@
 import io
 import json
+import os
 import random
 import shutil
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -109,6 +111,8 @@ def trees(image_folder, tmp_path):
     (['--drop_loc', '-1'], '-1'),
     (['--eval'], '--resume'),
     (['--eval', '--resume', '{root}/absent.pth'], 'absent.pth does not exist'),
+    (['--eval', '--resume', 'auto'], 'has no checkpoint.pth'),
+    (['--resume', 'auto', '--output_dir', ''], 'needs the --output-dir'),
     (['--eval', '--resume', '{root}/junk.pth'], 'junk.pth is not a checkpoint'),
     (['--resume', '{root}/junk.pth'], 'junk.pth is not a checkpoint'),
     (['--finetune', '{root}/junk.pth'], 'junk.pth is not a checkpoint'),
@@ -222,29 +226,97 @@ def test_finetuning_stays_in_eval_mode_and_distils_all_the_same():
     assert [head.shape for head in model(torch.zeros(2, 3, 32, 32))] == [(2, 10), (2, 10)]
 
 
-def test_resumed_after_any_epoch_a_run_ends_with_the_same_bits(image_folder, tmp_path, monkeypatch):
-    flags = [*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '3', '--shrink_epochs', '2',
-             '--model-ema-decay', '0.9']                                               # and all of the augmentation
-    save = utils.save_checkpoint
+def timeless(lines):
+    return [{key: value for key, value in line.items() if 'per_second' not in key} for line in lines]
 
-    def save_and_keep(state, *paths):
-        save(state, *paths, tmp_path / f'after_{state["epoch"]}.pth')
+
+@pytest.mark.parametrize('flags', [
+    ['--batch-size', '4', '--accum-steps', '2'],
+    ['--batch-size', '8', '--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1']], ids=' '.join)
+def test_resumed_at_any_step_a_run_ends_with_the_same_bits(flags, image_folder, tmp_path, monkeypatch, one_thread):
+    flags = [*TINY, '--data-path', str(image_folder), '--epochs', '3', '--shrink_epochs', '2',
+             '--model-ema-decay', '0.9', '--checkpoint-interval', '1', *flags]         # and all of the augmentation
+    save, kept = utils.save_checkpoint, []
+
+    def save_and_keep(state, folder, best=False):
+        save(state, folder, best)
+        kept.append(shutil.copytree(folder, tmp_path / str(len(kept)), copy_function=keep))
+
+    def keep(path, copy):
+        (os.link if path.endswith('.pth') else shutil.copy)(path, copy)
 
     monkeypatch.setattr(utils, 'save_checkpoint', save_and_keep)
-    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole')]))
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole'), '--resume', 'auto']))
     monkeypatch.setattr(utils, 'save_checkpoint', save)
     whole = checkpoint(tmp_path / 'whole')
-    for epoch in (0, 1):
-        torch.manual_seed(epoch)                     # the state that a process happens to be in does not matter
-        folder = tmp_path / f'resumed_{epoch}'
-        main.main(parse_args([*flags, '--output_dir', str(folder), '--resume', str(tmp_path / f'after_{epoch}.pth')]))
-        resumed = checkpoint(folder)
-        for state in (whole, resumed):
-            state.pop('args', None)
+    whole.pop('args')
+    assert len(kept) == 9                            # 3 updates in each of 3 epochs
+    for i in (0, 2, 4, 7):
+        torch.manual_seed(i)                         # the state that a process happens to be in does not matter
+        main.main(parse_args([*flags, '--output_dir', str(kept[i]), '--resume', 'auto']))
+        resumed = checkpoint(kept[i])
+        resumed.pop('args')
         assert_same(whole, resumed)
-        timeless = [{key: value for key, value in line.items() if 'per_second' not in key}
-                    for line in (log_lines(folder)[-1], log_lines(tmp_path / 'whole')[-1])]
-        assert timeless[0] == timeless[1]
+        assert_same(checkpoint(tmp_path / 'whole', 'best_checkpoint.pth')['model'],
+                    checkpoint(kept[i], 'best_checkpoint.pth')['model'])
+        assert timeless(log_lines(kept[i])) == timeless(log_lines(tmp_path / 'whole'))
+        assert scalars_shown(kept[i]) == scalars_shown(tmp_path / 'whole')
+
+
+def scalars_shown(folder):
+    """{(tag, step): value} as TensorBoard shows them: a session takes out what was logged from its first step on."""
+    shown = {}
+    for event in events(folder):
+        if event.HasField('session_log'):
+            shown = {key: value for key, value in shown.items() if key[1] < event.step}
+        for value in event.summary.value:
+            if value.HasField('simple_value') and 'per_second' not in value.tag:
+                assert (value.tag, event.step) not in shown
+                shown[value.tag, event.step] = value.simple_value
+    return shown
+
+
+def test_what_a_run_broken_off_has_logged_is_not_repeated(tmp_path):
+    lines = [{'speed_gmacs': 1.0}, *({'epoch': epoch} for epoch in range(4))]
+    (tmp_path / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines) + '{"epoch": 4, "tr')
+    main.RunOutput(parse_args(['--resume', 'auto', '--output-dir', str(tmp_path)]), 2).close()
+    assert log_lines(tmp_path) == lines[:3]
+
+
+def test_with_other_steps_a_run_goes_on_at_the_like_of_its_step(image_folder, tmp_path, capsys, one_thread):
+    flags = [*TINY, '--data-path', str(image_folder), '--epochs', '1', '--checkpoint-interval', '4', '--output_dir',
+             str(tmp_path), '--resume', 'auto', '--no-repeated-aug']
+    main.main(parse_args([*flags, '--batch-size', '4']))                               # 6 steps
+    (tmp_path / 'previous_checkpoint.pth').replace(tmp_path / 'checkpoint.pth')
+    main.main(parse_args([*flags, '--batch-size', '2', '--print-freq', '1']))          # 12 steps
+    out = capsys.readouterr().out
+    assert 'saved at step 4 of 6, an epoch has 12 now; training goes on at step 8' in out
+    assert '[ 9/12]' in out and '[ 8/12]' not in out
+
+
+@pytest.mark.parametrize('where', ['training', 'evaluation'])
+def test_a_signal_ends_a_run_that_then_goes_on_exactly(where, image_folder, tmp_path, monkeypatch, one_thread):
+    flags = [*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '2', '--resume', 'auto']
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole')]))
+    calls, function = [], 'train_one_epoch' if where == 'training' else 'evaluate'
+
+    def signal_and_call(*arguments, **options):
+        calls.append(signal.raise_signal(signal.SIGUSR1))
+        return original(*arguments, **options)
+
+    original = getattr(main, function)
+    monkeypatch.setattr(main, function, signal_and_call)
+    with pytest.raises(utils.Stopped) as stopped:
+        main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'stopped')]))
+    assert stopped.value.signum == signal.SIGUSR1 and len(calls) == 1
+    assert checkpoint(tmp_path / 'stopped')['progress']['step'] == (1 if where == 'training' else 3)
+    monkeypatch.setattr(main, function, original)
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'stopped')]))
+    states = [checkpoint(tmp_path / name) for name in ('whole', 'stopped')]
+    for state in states:
+        state.pop('args')
+    assert_same(*states)
+    assert timeless(log_lines(tmp_path / 'whole')) == timeless(log_lines(tmp_path / 'stopped'))
 
 
 def test_what_does_not_fit_is_not_resumed(digits_run, tmp_path):
@@ -256,7 +328,7 @@ def test_what_does_not_fit_is_not_resumed(digits_run, tmp_path):
         with pytest.raises(utils.InputError, match='a.pth lacks a part'):
             training.resume(checkpoint(folder) | {key: value}, 'a.pth')
     with pytest.raises(utils.InputError, match='trained with --opt adamw'):
-        main.read_resume(parse_args([*PLAIN, '--opt', 'sgd', '--resume', str(folder / 'checkpoint.pth')]))
+        main.read_resume(parse_args([*PLAIN, '--opt', 'sgd']), str(folder / 'checkpoint.pth'))
 
 
 def test_each_epoch_has_its_order_its_rate_its_evaluation_and_its_best(image_folder, tmp_path, monkeypatch):
@@ -525,18 +597,20 @@ def test_large_sheets_show_the_first_images(digits_run, tmp_path, monkeypatch):
     assert shown == [3] and len(list(tmp_path.glob('*.jpg'))) == 5 * 4
 
 
-def images_logged(folder):
-    """[(tag, step, picture (H, W, 3))] of TensorBoard's files."""
-    images = []
+def events(folder):
+    """Those of TensorBoard's files."""
     for path in sorted(Path(folder).glob('events.out.tfevents*')):
         data, start = path.read_bytes(), 0
         while start < len(data):                                                       # length, its sum, event, its sum
             length, = struct.unpack_from('<Q', data, start)
-            event = event_pb2.Event.FromString(data[start + 12:start + 12 + length])
-            images += [(value.tag, event.step, open_picture(io.BytesIO(value.image.encoded_image_string)))
-                       for value in event.summary.value if value.HasField('image')]
+            yield event_pb2.Event.FromString(data[start + 12:start + 12 + length])
             start += 16 + length
-    return images
+
+
+def images_logged(folder):
+    """[(tag, step, picture (H, W, 3))] of TensorBoard's files."""
+    return [(value.tag, event.step, open_picture(io.BytesIO(value.image.encoded_image_string)))
+            for event in events(folder) for value in event.summary.value if value.HasField('image')]
 
 
 def test_tensorboard_shows_the_same_images_at_every_evaluation_and_training_does_not_notice(image_folder, tmp_path):

@@ -35,6 +35,17 @@ def test_order_depends_on_seed_and_epoch_alone(repeated_aug):
     assert len(set(indices)) == 3                    # also for a single process, which the original forgot
 
 
+@pytest.mark.parametrize('repeated_aug', [False, True])
+def test_an_epoch_goes_on_where_it_was_left(repeated_aug):
+    sampler = TrainSampler(range(30), 2, 1, seed=5, repeated_aug=repeated_aug)
+    sampler.set_epoch(3)
+    whole = list(sampler)
+    sampler.set_epoch(3, start=4)
+    assert list(sampler) == whole[4:] and len(sampler) == len(whole)
+    sampler.set_epoch(4)
+    assert len(list(sampler)) == len(whole)
+
+
 def test_keys_differ_between_positions_of_all_processes():
     samples = [sample for rank in range(3) for sample in TrainSampler(range(30), 3, rank, seed=5)]
     assert {index for index, _ in samples} == set(range(30))

@@ -1,11 +1,15 @@
 import argparse
+import errno
 import os
 import random
+import shutil
+import signal
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 
 import utils
 from utils import InputError
@@ -26,23 +30,86 @@ def test_seed_all_is_a_function_of_its_key():
         assert len(set(values)) == 4                 # in each of the three generators
 
 
+def weights_of(path):
+    return utils.load_checkpoint(str(path))['model']['w'].tolist()
+
+
+def save(number, folder, best=False):
+    utils.save_checkpoint({'model': {'w': torch.tensor([number])}}, folder, best)
+
+
 def test_checkpoint_there_and_back(tmp_path):
     state = {'model': {'w': torch.arange(3.)}, 'epoch': 2, 'args': {'drop_loc': (3, 6, 9), 'lr': 5e-4, 'aa': None}}
-    utils.save_checkpoint(state, tmp_path / 'a.pth', tmp_path / 'b.pth')
-    for name in ('a.pth', 'b.pth'):
+    utils.save_checkpoint(state, tmp_path, best=True)
+    for name in ('checkpoint.pth', 'best_checkpoint.pth'):
         loaded = utils.load_checkpoint(str(tmp_path / name))
         assert torch.equal(loaded.pop('model')['w'], state['model']['w'])
         assert loaded == {'epoch': 2, 'args': state['args']}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.pth', 'b.pth']
+        assert torch.load(tmp_path / name, weights_only=True)['epoch'] == 2        # by others, who know of no checksum
+        assert torch.load(tmp_path / name, weights_only=True, mmap=True)['epoch'] == 2
+        assert (tmp_path / name).stat().st_mode & 0o002 == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['best_checkpoint.pth', 'checkpoint.pth']
 
 
-def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize('links', [True, False])
+def test_the_checkpoint_before_the_last_and_the_best_stay(links, tmp_path, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, 'link', lambda path, target: os.rmdir(path))           # fails by an OSError
+    for number in range(4):
+        save(number, tmp_path, best=number == 1)
+    files = {path.name: weights_of(path) for path in tmp_path.iterdir()}
+    assert files == {'checkpoint.pth': [3], 'previous_checkpoint.pth': [2], 'best_checkpoint.pth': [1]}
+
+
+@pytest.mark.parametrize('function', ['fsync', 'link'])
+def test_a_failed_save_leaves_the_checkpoints(function, tmp_path, monkeypatch):
+    save(0, tmp_path, best=True)
+    save(1, tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, function, fail)
+    monkeypatch.setattr(shutil, 'copyfile', fail)
+    with pytest.raises(OSError, match='cannot be saved, the last one is kept: No space left on device'):
+        save(2, tmp_path, best=True)
+    files = {path.name: weights_of(path) for path in tmp_path.iterdir()}
+    assert files == {'checkpoint.pth': [1], 'previous_checkpoint.pth': [0], 'best_checkpoint.pth': [0]}
+
+
+def test_each_cut_and_each_changed_byte_is_noticed(tmp_path):
+    save(7, tmp_path)
     path = tmp_path / 'checkpoint.pth'
-    utils.save_checkpoint({'model': {'w': torch.zeros(1)}}, path)
-    monkeypatch.setattr(torch, 'save', lambda state, file: (file.write_bytes(b'half'), 1 / 0))
-    with pytest.raises(ZeroDivisionError):
-        utils.save_checkpoint({'model': {'w': torch.ones(1)}}, path)
-    assert utils.load_checkpoint(str(path))['model']['w'] == 0
+    whole = path.read_bytes()
+    damaged = [whole[:i] for i in range(len(whole))]
+    damaged += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1:] for i in range(len(whole))]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(utils.DamagedCheckpoint, match='checkpoint.pth'):
+            utils.load_checkpoint(str(path))
+    path.write_bytes(whole)
+    assert weights_of(path) == [7]
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path, capsys):
+    def found():
+        return utils.newest_checkpoint(str(tmp_path), torch.device('cpu'))
+
+    assert found() == ''
+    save(0, tmp_path)
+    assert found() == str(tmp_path / 'checkpoint.pth')
+    save(1, tmp_path)
+    (tmp_path / 'checkpoint.pth').write_bytes(b'PK damaged')
+    assert found() == str(tmp_path / 'previous_checkpoint.pth') and weights_of(found()) == [0]
+    assert 'the one before it is taken' in capsys.readouterr().out
+    assert (tmp_path / 'damaged_checkpoint.pth').read_bytes() == b'PK damaged'
+    save(2, tmp_path)                                # takes the place of the damaged one, not of the whole one
+    assert weights_of(tmp_path / 'previous_checkpoint.pth') == [0]
+    for name in ('checkpoint.pth', 'previous_checkpoint.pth'):
+        (tmp_path / name).write_bytes(b'PK damaged')
+    with pytest.raises(InputError, match='no other to go on from'):
+        found()                                      # rather than to begin a long run anew
+    assert (tmp_path / 'checkpoint.pth').exists()
 
 
 def test_a_checkpoint_of_the_original_and_a_bare_state_dict(tmp_path):
@@ -88,25 +155,98 @@ def test_weights_of_another_model_are_refused_by_their_keys():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_world_of_several_needs_a_rank(monkeypatch):
-    monkeypatch.delenv('RANK', raising=False)
-    monkeypatch.delenv('WORLD_SIZE', raising=False)
-    with pytest.raises(InputError, match='RANK'):
-        utils.init_process_group('cpu', world_size=2)
+@pytest.fixture
+def environment(monkeypatch):
+    """A function that sets the variables of launchers to those given, and to no others."""
+    def change(variables):
+        for name in [*os.environ]:
+            if name.startswith('SLURM_') or name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    before = dict(os.environ)
+    yield change
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]                         # what srun's variables were taken over to
+
+
+SRUN = {'SLURM_PROCID': '1', 'SLURM_LOCALID': '0', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_STEP_NODELIST': 'n[7-8]',
+        'SLURM_JOB_ID': '42', 'SLURM_STEP_ID': '0'}
+TORCHRUN = {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '0'}
+
+
+@pytest.mark.parametrize('variables, named', [
+    ({'WORLD_SIZE': '2'}, 'RANK'), ({'RANK': '1'}, 'WORLD_SIZE'), ({'RANK': 'x', 'WORLD_SIZE': '2'}, 'RANK=x'),
+    ({'RANK': '0', 'WORLD_SIZE': '2'}, 'MASTER_ADDR and MASTER_PORT'),
+    ({**TORCHRUN, 'RANK': '2', 'WORLD_SIZE': '2'}, 'RANK=2 in a world of 2'),
+    ({**TORCHRUN, 'MASTER_PORT': 'http'}, 'MASTER_PORT=http'),
+    ({**TORCHRUN, 'RANK': '1', 'WORLD_SIZE': '2', 'MASTER_PORT': '1'}, 'process 1 of 2 did not meet the others'),
+    ({name: value for name, value in SRUN.items() if name != 'SLURM_PROCID'}, 'SLURM_PROCID'),
+    (SRUN, 'MASTER_ADDR')], ids=str)
+def test_an_environment_that_is_wrong_or_half_set_is_one_line(variables, named, environment, monkeypatch):
+    monkeypatch.setenv('PATH', '')                   # there is no scontrol
+    environment(variables)
+    with pytest.raises(InputError, match=named) as error:
+        utils.init_process_group('cpu', timeout=1)
+    assert '\n' not in str(error.value)
+
+
+def test_alone_without_a_launcher(environment):
+    environment({'WORLD_SIZE': '1', 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'})
     assert utils.init_process_group('cpu') == torch.device('cpu') and utils.world_size() == 1
+    with pytest.raises(InputError, match='RANK'):
+        environment({})
+        utils.init_process_group('cpu', world_size=2)
 
 
-@pytest.mark.parametrize('name, environment, expected', [
+def test_srun_tells_what_torchrun_would(environment, tmp_path, monkeypatch):
+    (tmp_path / 'scontrol').write_text('#!/bin/sh\n[ "$*" = "show hostnames n[7-8]" ] && printf "n7\\nn8\\n"\n')
+    (tmp_path / 'scontrol').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    environment(SRUN)
+    utils.adopt_slurm()
+    told = {name: os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')}
+    assert told == {'RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'n7', 'MASTER_PORT': '15042'}
+    environment({**SRUN, 'RANK': '0', 'MASTER_ADDR': 'mine'})
+    utils.adopt_slurm()
+    assert os.environ['RANK'] == '0' and os.environ['MASTER_ADDR'] == 'mine'           # torchrun under srun
+
+
+@pytest.mark.parametrize('signum', utils.StopSignal.SIGNALS)
+def test_a_first_signal_is_noted_and_a_second_one_ends_the_process(signum, monkeypatch):
+    killed, now = [], [100.]
+    monkeypatch.setattr(utils.time, 'monotonic', lambda: now[0])
+    handler = signal.getsignal(signum)
+    with utils.StopSignal(torch.device('cpu')) as stop:
+        assert stop.agreed() == 0
+        signal.raise_signal(signum)
+        now[0] += 0.4                                # passed on by a launcher
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed() == signum
+        monkeypatch.setattr(os, 'kill', lambda *arguments: killed.append(arguments))
+        now[0] += 0.2
+        signal.raise_signal(signum)
+        assert killed == [(os.getpid(), signum)] and signal.getsignal(signum) == signal.SIG_DFL
+    assert signal.getsignal(signum) == handler
+
+
+@pytest.mark.parametrize('name, variables, expected', [
     ('cuda', {}, 'cuda:0'), ('cuda:1', {}, 'cuda:1'),
-    ('cuda', {'RANK': '3', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1'}, 'cuda:1')])
-def test_a_process_takes_the_gpu_of_its_local_rank(name, environment, expected, monkeypatch):
-    for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        monkeypatch.delenv(key, raising=False)
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
+    ('cuda', {**TORCHRUN, 'WORLD_SIZE': '4', 'LOCAL_RANK': '1'}, 'cuda:1'),
+    ('cuda:0', {**TORCHRUN, 'WORLD_SIZE': '4', 'LOCAL_RANK': '2'}, None)])
+def test_a_process_takes_the_gpu_of_its_local_rank(name, variables, expected, environment, monkeypatch):
+    environment(variables)
     joined, chosen = [], []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr(utils, 'rendezvous', lambda *arguments, **options: iter([(dist.HashStore(), 0, 4)]))
+    monkeypatch.setattr(utils.Failures, 'store', None)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, **kwargs: joined.append(backend))
+    if expected is None:
+        with pytest.raises(InputError, match='cuda:2 is asked for, but torch sees 2'):
+            utils.init_process_group(name)
+        return
     assert utils.init_process_group(name) == torch.device(expected) and chosen == [torch.device(expected)]
-    assert joined == (['nccl'] if environment else [])
+    assert joined == (['nccl'] if variables else [])
