@@ -16,6 +16,8 @@ import main
 import utils
 
 CODE = Path(__file__).resolve().parent
+# SIGUSR2 ends a process that has only begun, and so has no handler yet, with the status 140
+REQUEUE = "trap 'if [ $? = 140 ]; then scontrol requeue $SLURM_JOB_ID; fi' EXIT"
 
 
 def get_args_parser(folder='that of the job'):
@@ -75,7 +77,7 @@ def submit(argv):
         job_name='evit', nodes=args.nodes, ntasks_per_node=max(1, args.ngpus), gpus_per_node=args.ngpus or None,
         cpus_per_task=cpus, time=args.timeout, partition=args.partition, comment=args.comment,
         constraint=args.constraint, additional_parameters={'requeue': True},
-        setup=[f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(CODE))}${{PYTHONPATH:+:$PYTHONPATH}}'],
+        setup=[f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(CODE))}${{PYTHONPATH:+:$PYTHONPATH}}', REQUEUE],
         # Since Slurm 22.05 srun does not take the cores from the job; and when a process dies, the others wait in vain
         srun_args=[f'--cpus-per-task={cpus}', '--kill-on-bad-exit=1'])
     defaults = [f'--device={"cuda" if args.ngpus else "cpu"}', f'--num-workers={args.num_workers}', '--resume=auto']

@@ -14,7 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-NODES = 'n1', 'n2'
 PACKAGES = 'slurm-wlm munge iproute2 util-linux'
 # Its first process takes all the others with it
 NAMESPACE = ['unshare', '--mount', '--pid', '--fork', '--kill-child', '--mount-proc']
@@ -71,11 +70,11 @@ wait
 
 
 def need(*programs):
-    """Say what this machine lacks for a cluster."""
-    missing = [program for program in programs if not shutil.which(program)]
-    if missing or os.geteuid() != 0:
-        raise RuntimeError(f'needs root, and {", ".join(missing) or "no more"}: '
-                           f'sudo apt-get install -y --no-install-recommends {PACKAGES}')
+    """RuntimeError that says what a cluster on this machine lacks."""
+    missing = ['root'] * (os.geteuid() != 0) + [program for program in programs if not shutil.which(program)]
+    if missing:
+        raise RuntimeError(f'there is no {", no ".join(missing)}; this test is for root, after '
+                           f'apt-get install -y --no-install-recommends {PACKAGES}')
 
 
 def wait_for(condition, seconds=120, what=''):
@@ -186,11 +185,10 @@ def slurm():
             daemons = subprocess.Popen([*NAMESPACE, 'sh', '-c', DAEMONS.format(folder=folder)], env=environment,
                                        stdout=log, stderr=log)
         try:
-            cluster = Slurm(environment)
             wait_for(lambda: 'n[1-2] idle' in subprocess.run(
                 ['sinfo', '--noheader', '--partition=low', '--format=%N %T'], env=environment, capture_output=True,
                 text=True).stdout, 30, 'two idle nodes')
-            yield cluster
+            yield Slurm(environment)
         except BaseException:
             print(Path(folder, 'daemons.log').read_text())
             raise

@@ -35,7 +35,7 @@ class Progress:
     def wait(self):
         """Wait until a checkpoint is saved."""
         before = self.time()
-        wait_for(lambda: self.time() > before, 120, f'a new {self.path}')
+        wait_for(lambda: self.time() > before, 180, f'a new {self.path}')
 
 
 @contextlib.contextmanager
@@ -141,14 +141,15 @@ def lose_node(cluster, job):
 
 @pytest.mark.parametrize('submit', [submit_srun, submit_submitit])
 def test_slurm(cluster, tmp_path, undisturbed, table, submit):
-    progress, faults = Progress(tmp_path), (reach_time_limit, preempt, lose_node)
+    progress, faults = Progress(tmp_path), (preempt, reach_time_limit, preempt, lose_node)
     with logs_of(tmp_path):
         job = submit(cluster, tmp_path)
-        for restarts, fault in enumerate(faults, 1):
-            progress.wait()
-            fault(cluster, job)
+        for restarts, fault in enumerate(faults):
             cluster.wait_until(job, Restarts=str(restarts), JobState='RUNNING')
-        cluster.wait_until(job, JobState='COMPLETED')
+            if restarts:                                                   # the first comes before training has begun
+                progress.wait()
+            fault(cluster, job)
+        cluster.wait_until(job, Restarts=str(len(faults)), JobState='COMPLETED')
     assert same(result(tmp_path), result(undisturbed(2)))
     way = 'srun' if submit is submit_srun else 'submitit'
-    table(len(faults), f'Slurm, two nodes, {way}: time limit, preemption, a node that goes down')
+    table(len(faults), f'Slurm, two nodes, {way}: preemption (once before training), time limit, a node that goes down')
