@@ -30,7 +30,10 @@ class Progress:
         self.path = Path(folder, 'checkpoint.pth')
 
     def time(self):
-        return self.path.stat().st_mtime_ns if self.path.exists() else 0
+        try:
+            return self.path.stat().st_mtime_ns
+        except FileNotFoundError:                                          # also for a moment while it is replaced
+            return 0
 
     def wait(self):
         """Wait until a checkpoint is saved."""
