@@ -739,10 +739,15 @@ def describe(args, model, loader_train, loader_val, device):
             f'{utils.world_size()} process(es) on {device.type}, {choose_amp_dtype(args.amp_dtype, device)}')
 
 
-def run():
-    """The program: an expected failure is one line, and the exit status 2 where the input is to blame."""
+def run(argv=None, parser=None):
+    """The program: an expected failure is one line, and the exit status 2 where the input is to blame.
+
+    Args:
+        argv: the command line, by default the process's own.
+        parser: one that knows more flags than main.py has.
+    """
     try:
-        main(parse_args(sys.argv[1:]))
+        main(parse_args(sys.argv[1:] if argv is None else argv, parser))
         utils.leave_process_group()
     except utils.Stopped:
         sys.exit(128 + signal.SIGTERM)

@@ -16,8 +16,9 @@ import main
 import utils
 
 CODE = Path(__file__).resolve().parent
-# SIGUSR2 ends a process that has only begun, and so has no handler yet, with the status 140
-REQUEUE = "trap 'if [ $? = 140 ]; then scontrol requeue $SLURM_JOB_ID; fi' EXIT"
+# The status says: a signal came, and the state is saved (143), or SIGUSR2 came before training began (140)
+REQUEUE = ['status=$?', 'if [ $status = 143 ] || [ $status = 140 ]; then scontrol requeue $SLURM_JOB_ID; fi',
+           'exit $status']
 
 
 def get_args_parser(folder='that of the job'):
@@ -48,36 +49,24 @@ class Job:
         self.argv = argv
 
     def __call__(self):
-        requeue = signal.getsignal(signal.SIGUSR2)     # submitit's, in whose place training puts its own
-        folder, signum = str(submitit.JobEnvironment().paths.folder), None
-        try:
-            main.main(main.parse_args(self.argv, get_args_parser(folder)))
-            utils.leave_process_group()
-        except utils.Stopped as stopped:
-            signum = stopped.signum
-        except Exception as error:
-            main.fail(error)
-        if signum == signal.SIGTERM:                   # scancel
-            sys.exit(128 + signum)
-        if signum:
-            requeue(signum, None)                      # ends the first process; in the others it does nothing
-            sys.exit(0)                                # with another status they would end the first before it is done
-
-    def checkpoint(self):
-        """What a job does that submitit has requeued: the same, as its state is saved and --resume auto finds it."""
-        return submitit.helpers.DelayedSubmission(self)
+        # submitit's handlers would ignore the one signal, and requeue at the other before anything is saved
+        for signum in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(signum, signal.SIG_DFL)
+        folder = submitit.JobEnvironment().paths.folder
+        main.run(self.argv, get_args_parser(str(folder)))
 
 
 def submit(argv):
     """Submit a job with the flags of a command line → submitit's Job."""
     args = main.parse_args(argv, get_args_parser())
     cpus = max(1, args.num_workers)
-    executor = submitit.SlurmExecutor(args.job_dir, max_num_timeout=1000)
+    executor = submitit.SlurmExecutor(args.job_dir)
     executor.update_parameters(
         job_name='evit', nodes=args.nodes, ntasks_per_node=max(1, args.ngpus), gpus_per_node=args.ngpus or None,
         cpus_per_task=cpus, time=args.timeout, partition=args.partition, comment=args.comment,
         constraint=args.constraint, additional_parameters={'requeue': True},
-        setup=[f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(CODE))}${{PYTHONPATH:+:$PYTHONPATH}}', REQUEUE],
+        setup=[f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(CODE))}${{PYTHONPATH:+:$PYTHONPATH}}'],
+        teardown=REQUEUE,
         # Since Slurm 22.05 srun does not take the cores from the job; and when a process dies, the others wait in vain
         srun_args=[f'--cpus-per-task={cpus}', '--kill-on-bad-exit=1'])
     defaults = [f'--device={"cuda" if args.ngpus else "cpu"}', f'--num-workers={args.num_workers}', '--resume=auto']
