@@ -482,7 +482,8 @@ def test_smaller_gpus_take_more_batches_and_keep_fewer_activations():
     (['--reprob', '0.5', '--remode', 'const'], (0.5, False, False, 1))])
 def test_erasing_is_as_asked(flags, expected, monkeypatch):
     calls = []
-    monkeypatch.setattr(main, 'train_one_epoch', lambda *args, erase, **settings: calls.append(erase) or {})
+    monkeypatch.setattr(main, 'train_one_epoch', lambda *args, erase, **settings: calls.append(erase) or
+                        utils.Progress('', 1, 1, torch.device('cpu')))
     monkeypatch.setattr(main, 'test_stats', lambda *_: {'test_acc1': 0.})
     main.main(parse_args([*TINY, '--epochs', '1', *flags]))
     erase, = calls
@@ -647,7 +648,8 @@ def test_masks_are_logged_of_an_evit_in_the_first_process_with_a_folder_alone(mo
     monkeypatch.setattr(main, 'spread', lambda *_: None)
 
     class Output:
-        folder, writer = 'folder', SimpleNamespace(add_image=lambda *_, **settings: None)
+        def write_event(epoch, **content):
+            pass
 
     dataset = SimpleNamespace(classes=[])
     for flags, folder, calls in (([], 'folder', 1), ([], None, 0), (['--no-log-masks'], 'folder', 0),
