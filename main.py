@@ -204,9 +204,12 @@ def with_dashes(flag):
     return name.replace('_', '-') + equals + value
 
 
-def parse_args(argv):
-    """The command line as a Namespace, every flag accepted with - and with _; exits with status 2 where it is wrong."""
-    parser = get_args_parser()
+def parse_args(argv, parser=None):
+    """The command line as a Namespace, every flag accepted with - and with _; exits with status 2 where it is wrong.
+
+    A `parser` given knows more flags than main.py has.
+    """
+    parser = parser or get_args_parser()
     argv = [with_dashes(text) if text.startswith('--') else text for text in argv]
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(TOKEN_FLAGS)))       # None where not typed
     token_flags = ['--' + name for name in TOKEN_FLAGS if getattr(args, name) is not None]
@@ -736,10 +739,15 @@ def describe(args, model, loader_train, loader_val, device):
             f'{utils.world_size()} process(es) on {device.type}, {choose_amp_dtype(args.amp_dtype, device)}')
 
 
-def run():
-    """The program: an expected failure is one line, and the exit status 2 where the input is to blame."""
+def run(argv=None, parser=None):
+    """The program: an expected failure is one line, and the exit status 2 where the input is to blame.
+
+    Args:
+        argv: the command line, by default the process's own.
+        parser: one that knows more flags than main.py has.
+    """
     try:
-        main(parse_args(sys.argv[1:]))
+        main(parse_args(sys.argv[1:] if argv is None else argv, parser))
         utils.leave_process_group()
     except utils.Stopped:
         sys.exit(128 + signal.SIGTERM)
