@@ -577,7 +577,8 @@ def train(args, training, loader_train, loader_val, num_classes, device):
     output = RunOutput(args, training.epoch)
     start = time.perf_counter()
     if training.epoch >= args.epochs:
-        log(f'Nothing is left to train: {training.epoch} of {args.epochs} epochs are done')
+        log(f'Nothing is left to train: {training.epoch} of {args.epochs} epochs are done; another run needs another '
+            'output folder')
     with utils.StopSignal(device) as stop:
         while training.epoch < args.epochs:
             epoch = training.epoch

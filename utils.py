@@ -138,7 +138,11 @@ def init_process_group(device, dist_url='env://', world_size=1, timeout=600):
 def adopt_slurm():
     """Give a process that srun started the variables that torchrun would have given it."""
     environment = os.environ
-    if 'RANK' in environment or environment.get('SLURM_STEP_NUM_TASKS', '1') == '1':
+    if 'RANK' in environment:
+        return
+    if environment.get('SLURM_STEP_NUM_TASKS', '1') == '1':
+        if environment.get('SLURM_NTASKS', '1') != '1':
+            log(f'note: the job has {environment["SLURM_NTASKS"]} tasks, but this process is alone; start with srun')
         return
     for name, origin in (('RANK', 'SLURM_PROCID'), ('LOCAL_RANK', 'SLURM_LOCALID'),
                          ('WORLD_SIZE', 'SLURM_STEP_NUM_TASKS')):

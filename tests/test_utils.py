@@ -194,9 +194,13 @@ def test_an_environment_that_is_wrong_or_half_set_is_one_line(variables, named, 
     assert '\n' not in str(error.value)
 
 
-def test_alone_without_a_launcher(environment):
+def test_alone_without_a_launcher(environment, capsys):
     environment({'WORLD_SIZE': '1', 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'})
     assert utils.init_process_group('cpu') == torch.device('cpu') and utils.world_size() == 1
+    assert not capsys.readouterr().out
+    environment({'SLURM_NTASKS': '2', 'SLURM_PROCID': '0'})                # in a batch script, which forgot srun
+    utils.init_process_group('cpu')
+    assert 'the job has 2 tasks, but this process is alone' in capsys.readouterr().out
     with pytest.raises(InputError, match='RANK'):
         environment({})
         utils.init_process_group('cpu', world_size=2)

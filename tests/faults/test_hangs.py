@@ -63,3 +63,14 @@ def test_a_data_set_that_vanishes_under_one_process(rank, image_folder, tmp_path
         assert 0 not in run.finish(60), str(run)
         assert f'tree{rank}/' in run.error(), str(run)
     table(1, f'a data set that vanishes under process {rank} of 2: the first one names the file')
+
+
+@pytest.mark.parametrize('flags, noticed', [(['--print-freq', '1'], 'logged'), (['--print-freq', '1000'], 'saved')],
+                         ids=['logged', 'saved'])
+def test_a_loss_that_is_not_finite(flags, noticed, tmp_path, table):
+    with Run(tmp_path, '--warmup-epochs', '0', '--lr', '1e20', '--checkpoint-interval', '2', *flags,
+             processes=2) as run:
+        assert run.finish() == [1, 1], str(run)
+        assert 'the loss of step 2 is not finite' in run.error(), str(run)
+    assert not list(tmp_path.glob('*.pth'))
+    table(1, f'a loss that is not finite, noticed where it is {noticed}: a line names the step, nothing is saved of it')
