@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -574,12 +575,11 @@ def train(args, training, loader_train, loader_val, num_classes, device):
     parallel = runnable(args, training.model, device)
     if torch.distributed.is_initialized():
         parallel = DistributedDataParallel(parallel, device_ids=[device] if device.type == 'cuda' else None)
-    output = RunOutput(args, training.epoch)
     start = time.perf_counter()
     if training.epoch >= args.epochs:
         log(f'Nothing is left to train: {training.epoch} of {args.epochs} epochs are done; another run needs another '
             'output folder')
-    with utils.StopSignal(device) as stop:
+    with utils.StopSignal(device) as stop, RunOutput(args, training.epoch) as output:
         while training.epoch < args.epochs:
             epoch = training.epoch
             stats = train_epoch(args, training, parallel, criterion, mixup, loader_train, output, stop, device)
@@ -595,7 +595,6 @@ def train(args, training, loader_train, loader_val, num_classes, device):
             training.epoch, training.progress = epoch + 1, None
             output.write(stats, epoch, sum(p.numel() for p in training.model.parameters() if p.requires_grad))
             output.save(training.checkpoint(args), best)
-    output.close()
     log(f'Training time {datetime.timedelta(seconds=round(time.perf_counter() - start))}')
 
 
@@ -618,7 +617,7 @@ def train_epoch(args, training, parallel, criterion, mixup, loader, output, stop
             check_weights(training.model, progress.title)
             output.save(training.checkpoint(args))
         if signum:
-            leave(signum)
+            leave(output, signum)
 
     set_training_mode(training.model, args)
     loader.sampler.set_epoch(epoch, training.start_step(num_steps, args.accum_steps) * args.batch_size)
@@ -638,11 +637,12 @@ def stop_if_asked(args, training, output, stop):
     signum = stop.agreed()
     if signum:
         output.save(training.checkpoint(args))
-        leave(signum)
+        leave(output, signum)
 
 
-def leave(signum):
+def leave(output, signum):
     """End the run of all processes, once the first has saved it."""
+    output.wait()
     log('Stopped by a signal; the state is saved')
     utils.leave_process_group()
     raise utils.Stopped(signum)
@@ -681,10 +681,28 @@ class RunOutput:
             # Not its SummaryWriter, which leaves the writing to a thread that may be late when the run is killed
             self.events = EventsWriter(str(self.folder / 'events'))
             self.write_event(epoch, session_log=SessionLog(status=SessionLog.START))
+            self.pool, self.saving = ThreadPoolExecutor(1), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.folder:
+            self.wait()
+            self.pool.shutdown()
+            self.events.close()
 
     def save(self, checkpoint, best=False):
+        """Save a copy of a checkpoint while training goes on; raises what was wrong with the one before."""
         if self.folder:
-            utils.save_checkpoint(checkpoint, self.folder, best)
+            self.wait()
+            self.saving = self.pool.submit(utils.save_checkpoint, utils.copy_to_cpu(checkpoint), self.folder, best)
+
+    def wait(self):
+        """Wait until the last checkpoint is saved; raises OSError if it cannot be."""
+        if self.folder and self.saving:
+            saving, self.saving = self.saving, None
+            saving.result()
 
     def write(self, stats, epoch, num_parameters):
         if self.folder:
@@ -695,10 +713,6 @@ class RunOutput:
     def write_event(self, epoch, **content):
         self.events.write_event(Event(step=epoch, wall_time=time.time(), **content))
         self.events.flush()
-
-    def close(self):
-        if self.folder:
-            self.events.close()
 
 
 def main(args):

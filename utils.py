@@ -515,6 +515,15 @@ def save_checkpoint(checkpoint, folder, best=False):
                       str(folder)) from None
 
 
+def copy_to_cpu(value):
+    """A copy of tensors in dicts and sequences, in main memory, that does not change when they do."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to('cpu', copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_cpu(item) for key, item in value.items()}
+    return type(value)(map(copy_to_cpu, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _link(path, target):
     """Make `target` the same file as `path`, in one go; a copy where the file system has no links."""
     temporary = target.with_name(target.name + '.tmp')

@@ -279,7 +279,8 @@ def scalars_shown(folder):
 def test_what_a_run_broken_off_has_logged_is_not_repeated(tmp_path):
     lines = [{'speed_gmacs': 1.0}, *({'epoch': epoch} for epoch in range(4))]
     (tmp_path / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines) + '{"epoch": 4, "tr')
-    main.RunOutput(parse_args(['--resume', 'auto', '--output-dir', str(tmp_path)]), 2).close()
+    with main.RunOutput(parse_args(['--resume', 'auto', '--output-dir', str(tmp_path)]), 2):
+        pass
     assert log_lines(tmp_path) == lines[:3]
 
 
