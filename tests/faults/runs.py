@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # 2 epochs of 20 steps, or of 10 in 2 processes, with everything that draws random numbers. In the second, 2 of 4
 # patches and then 1 are kept, by the first blocks, so that a step takes 0.2 s of a slow core.
 FLAGS = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--base_keep_rate', '0.3', '--drop_loc', '0,1,2',
-         '--input-size', '32', '--batch-size', '64', '--device', 'cpu', '--num_workers', '1', '--warmup-epochs', '1',
+         '--input-size', '32', '--batch-size', '64', '--device', 'cpu', '--num_workers', '1', '--warmup-epochs', '0',
          '--shrink_start_epoch', '0', '--shrink_epochs', '1', '--epochs', '2', '--lr', '2.4e-3', '--clip-grad', '1',
          '--dist-eval', '--print-freq', '1', '--resume', 'auto', '--checkpoint-interval', '5']
 SAVES = {1: 8, 2: 4}                                   # by number of processes
