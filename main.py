@@ -643,7 +643,7 @@ def stop_if_asked(args, training, output, stop):
 def leave(output, signum):
     """End the run of all processes, once the first has saved it."""
     output.wait()
-    log('Stopped by a signal; the state is saved')
+    log('Stopped by a signal; ' + ('the state is saved' if output.folder else 'nothing is saved without --output-dir'))
     utils.leave_process_group()
     raise utils.Stopped(signum)
 

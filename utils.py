@@ -607,8 +607,8 @@ def load_checkpoint(source):
                 data = Path(source).read_bytes()
                 check_checksum(data, source)
                 checkpoint = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-    except OSError as error:
-        raise InputError(f'checkpoint {source} cannot be read: {error}') from None
+    except (OSError, MemoryError) as error:
+        raise InputError(f'checkpoint {source} cannot be read: {error or "out of memory"}') from None
     except DamagedCheckpoint:
         raise
     except Exception:
