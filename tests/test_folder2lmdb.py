@@ -638,7 +638,7 @@ def test_kill_leaves_nothing_under_the_final_name(tmp_path, child):
 
 def test_interrupt_and_full_disk_leave_nothing(tmp_path, child):
     partial = tmp_path / 'train.lmdb.partial'
-    for _ in range(10):
+    for _ in range(50):
         process = child()
         wait_for(lambda: partial.exists() and partial.stat().st_size > 2 ** 20, process)
         os.kill(process.pid, signal.SIGINT)
