@@ -278,5 +278,6 @@ def ignore_stop_signals(worker):
 def kill_workers():
     """End the workers that a failed run leaves; by SIGTERM, as multiprocessing would do it, they do not end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)                          # torch's handler would report their death
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
