@@ -550,13 +550,17 @@ def write_log(folder, stats):
 
 
 def cut_log(folder, epoch):
-    """Take the lines of an epoch and of those after it out of log.txt."""
+    """Take the lines of an epoch and of those after it, and one that was broken off, out of log.txt."""
+    def stays(line):
+        try:
+            return json.loads(line).get('epoch', -1) < epoch
+        except ValueError:
+            return False
+
     path = folder / 'log.txt'
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True)
-                 if line.endswith('\n') and json.loads(line).get('epoch', -1) < epoch]
         temporary = path.with_name('log.txt.tmp')
-        temporary.write_text(''.join(lines))
+        temporary.write_text(''.join(filter(stays, path.read_text().splitlines(keepends=True))))
         temporary.replace(path)
 
 
