@@ -4,9 +4,7 @@ import os
 import random
 import shutil
 import signal
-import struct
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tensorboardX.proto import event_pb2
 
 import folder2lmdb
 import main
@@ -22,34 +19,10 @@ import utils
 from conftest import TINY, reference, run_main
 from engine import keep_rate_at
 from main import parse_args
+from outputs import assert_same, checkpoint, events, log_lines, result
 from samplers import TrainSampler
 
 PLAIN = [*TINY, '--mixup', '0', '--cutmix', '0', '--aa=', '--color-jitter', '0', '--reprob', '0', '--print-freq', '10']
-
-
-def checkpoint(folder, name='checkpoint.pth'):
-    return torch.load(Path(folder) / name, weights_only=True)
-
-
-def log_lines(folder):
-    return [json.loads(line) for line in (Path(folder) / 'log.txt').read_text().splitlines()]
-
-
-def assert_same(a, b, where=''):
-    """Bit for bit, through dicts and sequences."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f'{where}.{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f'{where}[{i}]')
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
@@ -226,10 +199,6 @@ def test_finetuning_stays_in_eval_mode_and_distils_all_the_same():
     assert [head.shape for head in model(torch.zeros(2, 3, 32, 32))] == [(2, 10), (2, 10)]
 
 
-def timeless(lines):
-    return [{key: value for key, value in line.items() if 'per_second' not in key} for line in lines]
-
-
 @pytest.mark.parametrize('flags', [
     ['--batch-size', '4', '--accum-steps', '2'],
     ['--batch-size', '8', '--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1']], ids=' '.join)
@@ -248,32 +217,11 @@ def test_resumed_at_any_step_a_run_ends_with_the_same_bits(flags, image_folder, 
     monkeypatch.setattr(utils, 'save_checkpoint', save_and_keep)
     main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole'), '--resume', 'auto']))
     monkeypatch.setattr(utils, 'save_checkpoint', save)
-    whole = checkpoint(tmp_path / 'whole')
-    whole.pop('args')
     assert len(kept) == 9                            # 3 updates in each of 3 epochs
     for i in (0, 2, 4, 7):
         torch.manual_seed(i)                         # the state that a process happens to be in does not matter
         main.main(parse_args([*flags, '--output_dir', str(kept[i]), '--resume', 'auto']))
-        resumed = checkpoint(kept[i])
-        resumed.pop('args')
-        assert_same(whole, resumed)
-        assert_same(checkpoint(tmp_path / 'whole', 'best_checkpoint.pth')['model'],
-                    checkpoint(kept[i], 'best_checkpoint.pth')['model'])
-        assert timeless(log_lines(kept[i])) == timeless(log_lines(tmp_path / 'whole'))
-        assert scalars_shown(kept[i]) == scalars_shown(tmp_path / 'whole')
-
-
-def scalars_shown(folder):
-    """{(tag, step): value} as TensorBoard shows them: a session takes out what was logged from its first step on."""
-    shown = {}
-    for event in events(folder):
-        if event.HasField('session_log'):
-            shown = {key: value for key, value in shown.items() if key[1] < event.step}
-        for value in event.summary.value:
-            if value.HasField('simple_value') and 'per_second' not in value.tag:
-                assert (value.tag, event.step) not in shown
-                shown[value.tag, event.step] = value.simple_value
-    return shown
+        assert_same(result(kept[i]), result(tmp_path / 'whole'))
 
 
 def test_what_a_run_broken_off_has_logged_is_not_repeated(tmp_path):
@@ -313,11 +261,7 @@ def test_a_signal_ends_a_run_that_then_goes_on_exactly(where, image_folder, tmp_
     assert checkpoint(tmp_path / 'stopped')['progress']['step'] == (1 if where == 'training' else 3)
     monkeypatch.setattr(main, function, original)
     main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'stopped')]))
-    states = [checkpoint(tmp_path / name) for name in ('whole', 'stopped')]
-    for state in states:
-        state.pop('args')
-    assert_same(*states)
-    assert timeless(log_lines(tmp_path / 'whole')) == timeless(log_lines(tmp_path / 'stopped'))
+    assert_same(result(tmp_path / 'stopped'), result(tmp_path / 'whole'))
 
 
 def test_what_does_not_fit_is_not_resumed(digits_run, tmp_path):
@@ -597,16 +541,6 @@ def test_large_sheets_show_the_first_images(digits_run, tmp_path, monkeypatch):
     main.main(parse_args([*PLAIN, '--output_dir', str(tmp_path), '--resume', str(digits_run[1] / 'checkpoint.pth'),
                           '--visualize_mask', '--n_visualization', '5']))
     assert shown == [3] and len(list(tmp_path.glob('*.jpg'))) == 5 * 4
-
-
-def events(folder):
-    """Those of TensorBoard's files."""
-    for path in sorted(Path(folder).glob('events.out.tfevents*')):
-        data, start = path.read_bytes(), 0
-        while start < len(data):                                                       # length, its sum, event, its sum
-            length, = struct.unpack_from('<Q', data, start)
-            yield event_pb2.Event.FromString(data[start + 12:start + 12 + length])
-            start += 16 + length
 
 
 def images_logged(folder):

@@ -1,10 +1,8 @@
-"""Runs of main.py on the digits as real processes, and the comparison of what two of them leave."""
-import json
+"""Runs of main.py on the digits as real processes."""
 import multiprocessing
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -12,7 +10,6 @@ import time
 from pathlib import Path
 
 import torch
-from tensorboardX.proto import event_pb2
 
 import main
 from datasets import kill_workers
@@ -159,56 +156,3 @@ def at_file_operation(folder, act, is_it):
                 act()
 
     sys.addaudithook(hook)
-
-
-# --- What a run leaves ----------------------------------------------------------------------------------------------
-
-def result(folder):
-    """What must not depend on what happened on the way: the last and the best checkpoint, log.txt but for times,
-    and what TensorBoard shows but for times."""
-    checkpoints = [torch.load(Path(folder) / name, weights_only=True)
-                   for name in ('checkpoint.pth', 'best_checkpoint.pth')]
-    for checkpoint in checkpoints:
-        del checkpoint['args']                                             # name the folder
-    log = [json.loads(line) for line in (Path(folder) / 'log.txt').read_text().splitlines()]
-    return [*checkpoints, [{k: v for k, v in line.items() if not is_time(k)} for line in log],
-            {tag: points for tag, points in tensorboard(folder).items() if not is_time(tag)}]
-
-
-def is_time(name):
-    return name.endswith('per_second')
-
-
-def tensorboard(folder):
-    """tag → list of (step, value) as TensorBoard shows them: a run that begins again at a step hides what was there."""
-    points = {}
-    for path in sorted(Path(folder).glob('events.out.tfevents*'), key=lambda path: int(path.name.split('.')[3])):
-        for event in events(path.read_bytes()):
-            if event.session_log.status == event_pb2.SessionLog.START:
-                for tag, old in points.items():
-                    points[tag] = [point for point in old if point[0] < event.step]
-            for value in event.summary.value:
-                shown = value.image.encoded_image_string or value.simple_value
-                points.setdefault(value.tag, []).append((event.step, shown))
-    return points
-
-
-def events(data):
-    """The events of a file, of which the last may have been cut off."""
-    while len(data) >= 12:
-        length, = struct.unpack('<Q', data[:8])
-        if len(data) < 16 + length:
-            return
-        yield event_pb2.Event.FromString(data[12:12 + length])
-        data = data[16 + length:]
-
-
-def same(a, b):
-    """Bit for bit, through dicts and sequences."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

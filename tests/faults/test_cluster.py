@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster import children, slurm, two_hosts, wait_for
-from runs import FLAGS, ROOT, result, same
+from outputs import assert_same, result
+from runs import FLAGS, ROOT
 
 # As in README
 SBATCH = f'''#!/bin/bash
@@ -85,7 +86,7 @@ def test_a_worker_killed_on_either_of_two_hosts(tmp_path, undisturbed, table):
             os.kill(wait_for(lambda: worker(agents[victim])), signal.SIGKILL)
         for agent in agents.values():
             assert agent.wait(timeout=180) == 0
-    assert same(result(tmp_path), result(undisturbed(2)))
+    assert_same(result(tmp_path), result(undisturbed(2)))
     table(len(victims), 'torchrun on two hosts: a worker is killed with -9, and the job recovers by itself')
 
 
@@ -153,6 +154,6 @@ def test_slurm(cluster, tmp_path, undisturbed, table, submit):
                 progress.wait()
             fault(cluster, job)
         cluster.wait_until(job, Restarts=str(len(faults)), JobState='COMPLETED')
-    assert same(result(tmp_path), result(undisturbed(2)))
+    assert_same(result(tmp_path), result(undisturbed(2)))
     way = 'srun' if submit is submit_srun else 'submitit'
     table(len(faults), f'Slurm, two nodes, {way}: preemption (once before training), time limit, a node that goes down')

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import utils
-from runs import Run, at_file_operation, fork, result, same
+from outputs import assert_same, result
+from runs import Run, at_file_operation, fork
 
 MIB = 2 ** 20
 CHECKPOINT = 86 * MIB                                  # roughly
@@ -84,7 +85,7 @@ def test_a_disk_that_fills_up(disk, undisturbed, table):
     (disk / 'filler').unlink()
     with Run(disk, *often, processes=2) as run:
         run.ends_well()
-    assert same(result(disk), result(undisturbed(2)))
+    assert_same(result(disk), result(undisturbed(2)))
     table(len(FULL) + 1, 'the disk is full at a checkpoint, log.txt or TensorBoard\'s file: both processes end with 1, '
                          'a line says why; with space again, resumed')
 
@@ -160,7 +161,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_taken(
             assert 'damaged' in console, (place, console)
             epochs = [line for line in console.splitlines() if line.startswith('Epoch')]
             assert epochs[0].startswith('Epoch: [1] [16/20]'), (place, console)
-            assert same(left, reference), (place, console)
+            assert_same(left, reference, f'{place}: {console}')
     table(len(places), {cut: 'a checkpoint cut short', flip: 'a bit of a checkpoint flipped'}[damage]
           + ': said, and the one before taken, whose loss is one interval')
 

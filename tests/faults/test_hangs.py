@@ -2,15 +2,12 @@
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 
-from runs import Run, result, same
-
-
-def children(pid):
-    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+from cluster import children
+from outputs import assert_same, result
+from runs import Run
 
 
 def hangs(run):
@@ -48,7 +45,7 @@ def test_a_process_that_hangs_or_dies_is_named(undisturbed, tmp_path, table):
             act(run)
     with Run(tmp_path, processes=2) as run:
         run.ends_well()
-    assert same(result(tmp_path), result(undisturbed(2)))
+    assert_same(result(tmp_path), result(undisturbed(2)))
     for what in FAILURES:
         table(1, f'{what}: the console of the first tells, no hang; then resumed')
 

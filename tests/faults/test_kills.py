@@ -8,7 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from runs import SAVES, Run, at_file_operation, fork, result, same
+from outputs import assert_same, result
+from runs import SAVES, Run, at_file_operation, fork
 
 
 def at_a_moment(draw, console):
@@ -79,7 +80,7 @@ def killed_and_resumed(i, processes, seed, folder, undisturbed):
     saving = (folder / 'checkpoint.pth.tmp').exists()
     with Run(folder, processes=processes) as run:
         run.ends_well()
-        assert same(result(folder), result(undisturbed)), f'run {i} of {processes}\n{run}'
+        assert_same(result(folder), result(undisturbed), f'run {i} of {processes}\n{run}')
     shutil.rmtree(folder)
     return saving or before is not None
 

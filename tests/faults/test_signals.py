@@ -3,7 +3,8 @@ import os
 import signal
 import time
 
-from runs import Run, result, same
+from outputs import assert_same, result
+from runs import Run
 
 STOPPED = 128 + signal.SIGTERM
 EVALUATION = 'Epoch: [0] [10/10]', 'Test: [1/2]'       # lines after which there is one, or it goes on
@@ -38,7 +39,7 @@ def test_a_signal_to_any_process_stops_all_of_them(undisturbed, tmp_path, table)
             assert not evaluates or 'Max accuracy' not in run.read('out'), str(run)
     with Run(tmp_path, processes=2) as run:
         run.ends_well()
-    assert same(result(tmp_path), result(undisturbed(2)))
+    assert_same(result(tmp_path), result(undisturbed(2)))
     table(len(STOPS), 'SIGTERM, SIGUSR1 or SIGUSR2 to one or both of 2 processes, or to DataLoader workers too, in '
                       f'training and in evaluation: all exit with 143 within {max(seconds):.1f} s; then resumed')
 
