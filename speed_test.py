@@ -569,6 +569,24 @@ def write_csv(path, rows):
             writer.writerow({**row, **figures})
 
 
+def label_points(axes, labels):
+    """Write each (text, x, y) on the side of its point, above first, where it covers least of what is there already."""
+    from matplotlib.transforms import Bbox
+    axes.figure.canvas.draw()                                              # only now has everything its place
+    taken = [Bbox([pixels - 5, pixels + 5]) for pixels in axes.transData.transform([point for _, *point in labels])]
+    if axes.get_legend():
+        taken.append(axes.get_legend().get_window_extent())
+    for text, *point in labels:
+        sides = [axes.annotate(text, point, (6 * x, 6 * y), textcoords='offset points', fontsize=8,
+                               ha=('center', 'left', 'right')[x], va=('center', 'bottom', 'top')[y])
+                 for x, y in ((0, 1), (1, 0), (-1, 0), (0, -1))]
+        boxes = [side.get_window_extent() for side in sides]
+        best = min(range(len(sides)), key=lambda i: sum(map(boxes[i].overlaps, taken)))
+        taken.append(boxes[best])
+        for side in sides[:best] + sides[best + 1:]:
+            side.remove()
+
+
 def plot(path, rows, title):
     """Draw images/s against the top-1 accuracy that was reported, of the rows that have both, as a PNG."""
     import matplotlib                                                                  # nothing else needs it
@@ -582,12 +600,6 @@ def plot(path, rows, title):
     for group, line, name in ((evits, 'o-', 'EViT-DeiT-S at keep rates 0.5 to 0.9'), (others, 's', 'other models')):
         if group:
             axes.plot([x for x, _, _ in group], [y for _, y, _ in group], line, label=name)
-    for x, y, model in evits:
-        axes.annotate(model.partition('@')[2], (x, y), xytext=(0, 6), textcoords='offset points', ha='center')
-    for i, (x, y, model) in enumerate(others):
-        side = 1 if i >= len(others) // 2 else -1                                  # outward, where there is room
-        axes.annotate(model.partition('_patch')[0], (x, y), xytext=(6 * side, 0), textcoords='offset points',
-                      ha='left' if side > 0 else 'right', va='center', fontsize=8)
     axes.set(xscale='log', xlabel='images/s', ylabel='ImageNet top-1, %, as reported by the papers')
     axes.xaxis.set_major_formatter('{x:g}')
     axes.xaxis.set_minor_formatter('{x:g}')
@@ -596,6 +608,8 @@ def plot(path, rows, title):
     axes.grid(alpha=0.3)
     if points:
         axes.legend()
+    label_points(axes, [(model.partition('@')[2], x, y) for x, y, model in evits]
+                 + [(model.partition('_patch')[0], x, y) for x, y, model in others])
     figure.savefig(path, format='png', dpi=120)
     pyplot.close(figure)
 

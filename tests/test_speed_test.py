@@ -1,6 +1,7 @@
 """The measuring: MACs against the paper, windows in turn, and a model left as it was found."""
 import csv
 import functools
+import itertools
 import time
 import types
 
@@ -421,6 +422,23 @@ def test_figure_4(monkeypatch, tmp_path, capsys):
     assert (rows['nfnet_f0', '256']['top1'], rows['nfnet_f0', '256']['source']) == ('83.6', 'NFNet, arXiv:2102.06171')
     with Image.open(tmp_path / 'a.png') as picture:
         assert picture.format == 'PNG' and min(picture.size) >= 600
+
+
+def test_labels_of_crowded_points_stay_apart():
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(9, 7))
+    points = [('convit_small', 7.1, 81.3), ('swin_tiny', 7.8, 81.3), ('coat_lite_small', 8.2, 81.9),
+              ('pvt_v2_b2', 8.5, 82.), ('tnt_s', 9., 81.5)]
+    axes.plot([x for _, x, _ in points], [y for _, _, y in points], 's')
+    axes.set(xscale='log', xlim=(3, 30), ylim=(77, 84))
+    speed_test.label_points(axes, points)
+    assert [(text.get_text(), *text.xy) for text in axes.texts] == points
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert not any(box.contains(*axes.transData.transform(point)) for box in boxes for _, *point in points)
+    pyplot.close(figure)
 
 
 def test_accuracies_are_of_what_they_were_reported_for():
