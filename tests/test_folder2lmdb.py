@@ -576,10 +576,16 @@ def test_verify_looks_at_tree_and_database(tree, database, command):
 
 # --- Interrupted conversions ----------------------------------------------------------------------------------------
 
-def convert_within(folder, limit=None):
-    """What a child process does: convert, where asked on a disk that takes `limit` bytes of a file."""
+def convert_within(folder, limit=None, interrupt_at=None):
+    """What a child process does: convert, where asked on a disk that takes `limit` bytes of a file.
+
+    With `interrupt_at`, Ctrl-C is hit when the image of that name is opened.
+    """
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if interrupt_at:
+        sys.addaudithook(lambda event, arguments: event == 'open' and str(arguments[0]).endswith(interrupt_at)
+                         and os.kill(os.getpid(), signal.SIGINT))
     sys.argv = ['folder2lmdb.py', '--dir', folder, '--splits', 'train']
     runpy.run_path(str(SCRIPT), run_name='__main__')
 
@@ -597,8 +603,8 @@ def child(tmp_path, monkeypatch):
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['folder2lmdb'])
 
-    def start(*arguments):
-        process = context.Process(target=convert_within, args=(str(tmp_path), *arguments))
+    def start(**fault):
+        process = context.Process(target=convert_within, args=(str(tmp_path),), kwargs=fault)
         process.start()
         return process
     return start
@@ -636,17 +642,9 @@ def test_kill_leaves_nothing_under_the_final_name(tmp_path, child):
     assert len(dataset) == 3000 and pixels([dataset[i] for i in (0, 1500, 2999)]) == pixels([dataset[7]] * 3)
 
 
-def test_interrupt_and_full_disk_leave_nothing(tmp_path, child):
-    partial = tmp_path / 'train.lmdb.partial'
-    for _ in range(50):
-        process = child()
-        wait_for(lambda: partial.exists() and partial.stat().st_size > 2 ** 20, process)
-        os.kill(process.pid, signal.SIGINT)
-        process.join()
-        if process.exitcode != 0:                   # 0: it was quicker than the signal
-            break
-        (tmp_path / 'train.lmdb').unlink()
-    assert process.exitcode == 130 and os.listdir(tmp_path) == ['train']
-    process = child(20 * 2 ** 20)
+@pytest.mark.parametrize('fault, status', [({'interrupt_at': '1500.png'}, 130), ({'limit': 20 * 2 ** 20}, 2)],
+                         ids=['interrupt', 'full disk'])
+def test_interrupt_and_full_disk_leave_nothing(fault, status, tmp_path, child):
+    process = child(**fault)
     process.join()
-    assert process.exitcode == 2 and os.listdir(tmp_path) == ['train']
+    assert process.exitcode == status and os.listdir(tmp_path) == ['train']
