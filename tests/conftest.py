@@ -21,6 +21,10 @@ TINY = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--input-siz
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'gpu: needs a CUDA device')
+    workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+    if workers > 1:                                    # with pytest -n; threads of one would wait for those of another
+        os.environ['OMP_NUM_THREADS'] = str(max(1, os.cpu_count() // workers))
+        torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 
 def pytest_collection_modifyitems(items):
@@ -79,14 +83,17 @@ def one_thread():
 
 
 @pytest.fixture
-def compiled_graphs(monkeypatch):
-    """A list of the graphs that torch.compile makes, which then run as they are: a compiler's work takes minutes."""
+def compiled_graphs(monkeypatch, request):
+    """A list of the graphs that torch.compile makes, which then run as they are: a compiler's work takes minutes.
+
+    With the parameter 'captured', not even their derivatives are traced.
+    """
     from torch._dynamo.backends.debugging import aot_eager
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return aot_eager(graph, inputs)
+        return graph if getattr(request, 'param', None) == 'captured' else aot_eager(graph, inputs)
 
     def compile(function, mode=None, **options):
         return torch_compile(function, backend=backend, **options)

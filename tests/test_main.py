@@ -602,6 +602,7 @@ def test_trains_on_a_gpu_in_bfloat16(tmp_path):
     assert log_lines(tmp_path)[-1]['test_acc1'] > 20
 
 
+@pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
 def test_compiled_and_channels_last_runs_are_those_of_an_eager_one(image_folder, tmp_path, compiled_graphs):
     """Through epochs in which the rate falls, with the average, evaluations and a resumed run."""
     flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '6', '--shrink_epochs', '2', '--drop-path', '0',

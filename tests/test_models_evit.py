@@ -321,7 +321,7 @@ def test_compiles_to_one_graph(keep_rate, compiled_graphs):
 def test_shrinking_takes_a_bounded_number_of_graphs(fuse_token, compiled_graphs):
     """Over a run whose rate falls at each step, with evaluations of two batch sizes, of the average's weights too."""
     def build():
-        return tiny(fuse_token=fuse_token, patch_size=8, embed_dim=24, depth=5, drop_loc=(1, 2, 3))
+        return tiny(fuse_token=fuse_token, patch_size=8, embed_dim=24, depth=3, drop_loc=(1, 2))
 
     model, average, images = build(), build(), torch.randn(6, 3, 64, 64)
     compiled, seen = utils.CompiledModel(model, images.device).train(), set()
@@ -351,6 +351,7 @@ def test_shrinking_takes_a_bounded_number_of_graphs(fuse_token, compiled_graphs)
     assert len(seen) > 15 and len(compiled_graphs) == 4 + 2
 
 
+@pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
 def test_blocks_that_begin_to_drop_one_after_another_take_a_graph_each(compiled_graphs):
     """More than torch allows by default, with those of training and evaluation."""
     model = tiny(patch_size=4, embed_dim=12, depth=8, drop_loc=tuple(range(1, 8)))

@@ -7,12 +7,10 @@ import torch
 
 from runs import train
 
-rows = pytest.StashKey()
-SEED = os.environ.get('FAULTS_SEED', str(int(time.time())))
+SEED = os.environ.setdefault('FAULTS_SEED', str(int(time.time())))         # which pytest's own workers inherit
 
 
-def pytest_configure(config):
-    config.stash[rows] = []
+def pytest_configure():
     torch.set_num_threads(1)                           # or a forked process would wait for threads it does not have
 
 
@@ -26,15 +24,16 @@ def seed():
 
 
 @pytest.fixture
-def table(request):
+def table(record_property):
     """table(faults, what): once a test has passed, add its row of README's table: so many faults, of which kind."""
-    return lambda faults, what: request.config.stash[rows].append((faults, what))
+    return lambda faults, what: record_property('row', f'| {what} | {faults} | as it should be |')
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line('\n| what is done to a run | faults tried | result |\n|---|---|---|')
-    for faults, what in config.stash[rows]:
-        terminalreporter.write_line(f'| {what} | {faults} | as it should be |')
+    for report in terminalreporter.stats.get('passed', []):
+        for _, row in report.user_properties:
+            terminalreporter.write_line(row)
 
 
 @pytest.fixture(scope='session')
