@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from utils import Progress, all_reduce, autocast, eval_mode, log, rank, seed_all, share_buffers
+from utils import Progress, all_reduce, autocast, broadcast, eval_mode, log, rank, seed_all, share_buffers
 
 
 def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_rate):
@@ -105,7 +105,8 @@ def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50, 
     """Accuracy and cross entropy of a model, in eval mode, over a whole data set.
 
     Args:
-        sharded: the loader holds this process's share only, so the sums of all processes make the figures.
+        sharded: the loader holds this process's share only, so the sums of all processes make the figures; otherwise
+            the first process's figures are those of all.
         after_batch: called after each batch of which every process has one.
     Returns:
         Dict of acc1 and acc5 in percent, loss, and the number of images they are over.
@@ -126,7 +127,7 @@ def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50, 
             progress.update(loss, len(images))
             if after_batch is not None and progress.step <= common_batches:
                 after_batch()
-    correct1, correct5, loss_sum, num_images = (all_reduce(totals) if sharded else totals).tolist()
+    correct1, correct5, loss_sum, num_images = (all_reduce(totals) if sharded else broadcast(totals)).tolist()
     acc1, acc5, loss = 100 * correct1 / num_images, 100 * correct5 / num_images, loss_sum / num_images
     log(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
     return {'acc1': acc1, 'acc5': acc5, 'loss': loss, 'images': int(num_images)}

@@ -588,7 +588,7 @@ def run(args):
         if os.path.isdir(f'{folder}.lmdb'):
             raise InputError(f'{folder}.lmdb is a folder; remove it first')
         if os.path.exists(f'{folder}.lmdb') and not args.force:
-            raise InputError(f'{folder}.lmdb exists; --force replaces it')
+            raise InputError(f'{folder}.lmdb exists; --force replaces it, --splits leaves it out')
     for folder in folders:
         path = f'{folder}.lmdb'
         num_images, num_classes = convert(folder, path, args.workers or 1)

@@ -23,6 +23,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.layers import to_2tuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler
@@ -40,6 +41,8 @@ from speed_test import macs, throughput
 from utils import InputError, log
 from visualize_mask import SHEET_IMAGES, draw_sheets, save_masked
 
+HYPERPARAMETERS = {'lr', 'initial_lr', 'weight_decay', 'betas', 'eps', 'momentum'}     # an optimizer's, flags set them
+SCHEDULE = ('epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs', 'weight_decay')
 TOKEN_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
 
 
@@ -123,7 +126,7 @@ def get_args_parser():
     add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly'])
     add('--lr', type=non_negative, default=5e-4, help='learning rate, times global batch size / 512')
     add('--lr-noise', type=float, nargs='+', help='where noise on the rate begins and ends, as shares of the epochs')
-    add('--lr-noise-pct', type=float, default=0.67)
+    add('--lr-noise-pct', type=within(0.01, math.inf), default=0.67)
     add('--lr-noise-std', type=float, default=1.0)
     add('--warmup-lr', type=non_negative, default=1e-6)
     add('--min-lr', type=non_negative, default=1e-5)
@@ -219,6 +222,10 @@ def parse_args(argv, parser=None):
         args = parser.parse_args(argv)
     if args.data_set is None:
         args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
+    if not timm.is_model(args.teacher_model):
+        parser.error(f'--teacher-model {args.teacher_model} is not in timm')
+    teacher_cfg = timm.get_pretrained_cfg(args.teacher_model)
+    teacher_size = teacher_cfg.input_size[-1] if teacher_cfg.fixed_input_size else args.input_size
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     for wrong, message in (
             (not timm.is_model(args.model), f'--model {args.model} is neither in models_evit.py nor in timm'),
@@ -232,10 +239,11 @@ def parse_args(argv, parser=None):
             (args.use_lmdb and args.data_set != 'IMNET', '--use-lmdb goes with --data-set IMNET and --data-path'),
             (args.distillation_type != 'none' and not args.teacher_path,
              f'--distillation-type {args.distillation_type} needs --teacher-path'),
-            (not timm.is_model(args.teacher_model), f'--teacher-model {args.teacher_model} is not in timm'),
             (args.distillation_type != 'none' and 'distilled' not in args.model,
              f'--distillation-type {args.distillation_type} needs a model with a distillation token, not {args.model}'),
-            (mixed and args.batch_size % 2 and not evaluates_only(args),
+            (args.distillation_type != 'none' and teacher_size != args.input_size,
+             f'--teacher-model {args.teacher_model} takes images of {teacher_size} pixels, not {args.input_size}'),
+            (mixed and args.batch_size % 2 and not evaluates_only(args) and not args.only_test_speed,
              f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
             (args.visualize_mask and args.model not in models_evit.VARIANTS,
              f'--visualize-mask: {args.model} does not reorganise tokens; take a model of models_evit.py'),
@@ -277,22 +285,27 @@ def evaluates_only(args):
 
 def build_model(args, num_classes):
     """The model on the CPU, with new weights."""
-    takes_img_size = timm.get_pretrained_cfg(args.model).fixed_input_size
+    options = {'num_classes': num_classes, 'drop_rate': args.drop, 'drop_path_rate': args.drop_path,
+               'base_keep_rate': args.base_keep_rate, 'fuse_token': args.fuse_token, 'drop_loc': args.drop_loc}
+    if timm.get_pretrained_cfg(args.model).fixed_input_size:
+        options['img_size'] = args.input_size
     try:
-        model = timm.create_model(
-            args.model, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
-            img_size=args.input_size if takes_img_size else None,
-            base_keep_rate=args.base_keep_rate, fuse_token=args.fuse_token, drop_loc=args.drop_loc)
-    except ValueError as error:
+        model = timm.create_model(args.model, **options)
+    except TypeError as error:                         # some of timm's models have no stochastic depth
+        if "'drop_path_rate'" not in str(error):
+            raise
+        log(f'note: {args.model} takes no --drop-path')
+        model = timm.create_model(args.model, **{**options, 'drop_path_rate': None})
+    except (ValueError, AssertionError) as error:
         raise InputError(f'--model {args.model}: {error}') from None
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing()
         except (AttributeError, AssertionError):
             raise InputError(f'--grad-checkpointing: {args.model} has none') from None
-    patch_size = model.patch_embed.patch_size[0] if hasattr(model, 'patch_embed') else 1
-    if args.input_size % patch_size:
-        raise InputError(f'--input-size {args.input_size} is no multiple of the patch size {patch_size}')
+    patch_size = to_2tuple(getattr(getattr(model, 'patch_embed', None), 'patch_size', 1))
+    if any(args.input_size % side for side in patch_size):
+        raise InputError(f'--input-size {args.input_size} is no multiple of the patch size {patch_size[0]}')
     return model
 
 
@@ -364,7 +377,10 @@ class Training:
             self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr, **fused})
         except (ValueError, AssertionError, RuntimeError) as error:
             raise InputError(f'--opt {args.opt} cannot be used here: {error}') from None
-        self.lr_scheduler, _ = create_scheduler(args, self.optimizer)
+        try:
+            self.lr_scheduler, _ = create_scheduler(args, self.optimizer)
+        except ValueError as error:
+            raise InputError(f'--sched {args.sched} cannot be used here: {error}') from None
         if args.start_epoch:
             self.lr_scheduler.step(args.start_epoch - 1)
         self.scaler = torch.amp.GradScaler(
@@ -398,11 +414,24 @@ class Training:
             state |= {'inner': self.lr_scheduler.lr_scheduler.state_dict(), 'restore_lr': self.lr_scheduler.restore_lr}
         return state
 
-    def load_scheduler(self, state):
-        self.lr_scheduler.load_state_dict(state)
-        if isinstance(self.lr_scheduler, PlateauLRScheduler) and 'inner' in state:
-            self.lr_scheduler.lr_scheduler.load_state_dict(state['inner'])
-            self.lr_scheduler.restore_lr = state['restore_lr']
+    def load_optimizer(self, optimizer, scheduler):
+        """Take what an optimizer has gathered; but its settings from the flags, and the rate from their schedule.
+
+        Only --sched plateau goes on with rates of its own, which follow from the accuracies so far.
+        """
+        settings = [{name: group[name] for name in HYPERPARAMETERS & group.keys()}
+                    for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(optimizer)
+        if isinstance(self.lr_scheduler, PlateauLRScheduler):
+            self.lr_scheduler.load_state_dict(scheduler)
+            if 'inner' in scheduler:
+                self.lr_scheduler.lr_scheduler.load_state_dict(scheduler['inner'])
+                self.lr_scheduler.restore_lr = scheduler['restore_lr']
+            return
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if self.epoch:
+            self.lr_scheduler.step(self.epoch - 1)
 
     def resume(self, checkpoint, source):
         """Go on after a checkpoint; one without an optimizer gives its weights alone."""
@@ -415,23 +444,25 @@ class Training:
             log(f'{source} has no optimizer: training starts at epoch {self.epoch} with its weights')
             return
         try:
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
-            self.load_scheduler(checkpoint['lr_scheduler'])
+            self.epoch = checkpoint['epoch'] + 1
+            self.load_optimizer(checkpoint['optimizer'], checkpoint['lr_scheduler'])
             if checkpoint.get('scaler'):
                 self.scaler.load_state_dict(checkpoint['scaler'])
-            self.epoch = checkpoint['epoch'] + 1
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f'{source} lacks a part, or is of another optimizer: {error!r}') from None
         self.best_acc1, self.progress = checkpoint.get('best_acc1', 0.), checkpoint.get('progress')
 
     def start_step(self, num_steps, accum_steps):
-        """The step at which the epoch goes on, 0 if it begins; if it has more or fewer steps now, the like of it."""
-        if self.progress and self.progress['num_steps'] != num_steps:
-            step = self.progress['step'] * num_steps // self.progress['num_steps'] // accum_steps * accum_steps
-            log(f'note: the checkpoint was saved at step {self.progress["step"]} of {self.progress["num_steps"]}, an '
-                f'epoch has {num_steps} now; training goes on at step {step}')
+        """The step at which the epoch goes on, 0 if it begins; if steps or updates are others now, the like of it."""
+        if not self.progress:
+            return 0
+        saved, of = self.progress['step'], self.progress['num_steps']
+        step = saved * num_steps // of // accum_steps * accum_steps
+        if (step, num_steps) != (saved, of):
+            log(f'note: the checkpoint was saved at step {saved} of {of}, an epoch has {num_steps} now; training goes '
+                f'on at step {step}')
             self.progress = {**self.progress, 'step': step, 'num_steps': num_steps}
-        return self.progress['step'] if self.progress else 0
+        return step
 
 
 def find_resume(args, device):
@@ -446,7 +477,10 @@ def find_resume(args, device):
 
 
 def read_resume(args, source):
-    """The checkpoint to resume; says which settings that change what it does it was trained with, if others."""
+    """The checkpoint to resume; says which settings that change what it does it was trained with, if others.
+
+    This run's hold, but where the state that has been gathered is of one kind only.
+    """
     checkpoint = utils.load_checkpoint(source)
     trained = checkpoint.get('args') or {}
     trained = trained if isinstance(trained, dict) else vars(trained)
@@ -455,7 +489,7 @@ def read_resume(args, source):
             raise InputError(f'{source} was trained with --{name} {trained[name]} and cannot go on with '
                              f'{getattr(args, name)}')
     settings = ('model', 'input_size', 'base_keep_rate', 'fuse_token', 'drop_loc')
-    for name in settings if evaluates_only(args) else (*settings, 'finetune'):
+    for name in settings if evaluates_only(args) else (*settings, 'finetune', *SCHEDULE):
         if name in trained and str(trained[name] or '') != str(getattr(args, name) or ''):
             log(f'note: {source} was trained with {name} {trained[name]}, this run has {getattr(args, name)}')
     return checkpoint
@@ -547,20 +581,23 @@ def write_log(folder, stats):
     """Add a line to log.txt."""
     with (folder / 'log.txt').open('a') as file:
         file.write(json.dumps(stats) + '\n')
+        file.flush()
+        os.fsync(file.fileno())                        # as the checkpoint, which promises that the line is there
 
 
 def cut_log(folder, epoch):
     """Take the lines of an epoch and of those after it, and one that was broken off, out of log.txt."""
     def stays(line):
         try:
-            return json.loads(line).get('epoch', -1) < epoch
-        except ValueError:
+            stats = json.loads(line)
+        except ValueError:                             # not UTF-8 included
             return False
+        return not isinstance(stats, dict) or stats.get('epoch', -1) < epoch
 
     path = folder / 'log.txt'
     if path.exists():
         temporary = path.with_name('log.txt.tmp')
-        temporary.write_text(''.join(filter(stays, path.read_text().splitlines(keepends=True))))
+        temporary.write_bytes(b''.join(filter(stays, path.read_bytes().splitlines(keepends=True))))
         temporary.replace(path)
 
 

@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import textwrap
 import time
 from collections import deque
@@ -209,7 +210,7 @@ def training_step(model, protocol):
 def check_real(model, protocol):
     """ValueError unless the logits of a batch are finite and depend on the images."""
     with eval_mode(model):
-        first, second = (forward(model, protocol.images(seed), protocol).clone() for seed in (0, 1))
+        first, second = (forward(model, protocol.images(seed), protocol).clone().detach() for seed in (0, 1))
     if not first.isfinite().all():
         raise ValueError('the output is not finite')
     if torch.equal(first, second):
@@ -509,6 +510,9 @@ def compare(candidates, protocol, fuse_token, reference=False):
         three passes.
     """
     rows, stopwatches = [], []
+    product, product_gmacs = matrix_product(protocol)                      # first, while there is memory for it
+    one = dataclasses.replace(protocol, batch_size=1)
+    product_watch = functools.partial(window_or_failure, stopwatch(product, one), {})
     for candidate, label, settings, plain in planned_rows(candidates, protocol, reference):
         size = candidate.input_size or settings.input_size or own_input_size(candidate, fuse_token)
         candidate = candidate._replace(input_size=size)
@@ -524,9 +528,7 @@ def compare(candidates, protocol, fuse_token, reference=False):
             rows[-1].update(facts)
             stopwatches.append(functools.partial(window_or_failure, watch, rows[-1]))
     measured = [row for row in rows if 'failure' not in row]
-    product, product_gmacs = matrix_product(protocol)
-    one = dataclasses.replace(protocol, batch_size=1)
-    *speeds, products = time_in_turn([*stopwatches, stopwatch(product, one)],
+    *speeds, products = time_in_turn([*stopwatches, product_watch],
                                      [*(row['protocol'] for row in measured), one])
     for row, speed in zip(measured, speeds, strict=True):
         if 'failure' in row:
@@ -872,8 +874,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.loader != (args.data_path is not None):
         parser.error('--loader needs --data-path, and --data-path needs --loader')
-    if args.loader and (args.csv or args.plot or args.batch_size is None):
-        parser.error('--csv, --plot and --batch-size auto go with --models')
+    if args.loader and (args.csv or args.plot or args.batch_size is None or args.compile or args.train
+                        or args.reference or args.channels_last or args.amp_dtype != 'float32'):
+        parser.error('--csv, --plot, --batch-size auto, --compile, --train, --reference, --channels-last and '
+                     '--amp-dtype go with --models')
     for model in () if args.loader else args.models:
         size = args.input_size or model.input_size
         if size and any(size % side for side in patch_size(model.name)):
@@ -894,13 +898,14 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """The program → its exit status, 1 where a model failed."""
     args = parse_args(argv)
     device = torch.device(args.device)
     allow_fast_kernels(device)
     if args.loader:
         measure_loading(args.data_path, LoadingProtocol(args.input_size or 224, args.batch_size, device,
                                                         args.num_workers, args.windows, args.window_seconds))
-        return
+        return 0
     candidates = [model._replace(input_size=args.input_size or model.input_size) for model in args.models]
     protocol = Protocol(args.input_size, args.batch_size, device, getattr(torch, args.amp_dtype), None, args.windows,
                         args.window_seconds, args.compile, train=args.train, channels_last=args.channels_last)
@@ -912,10 +917,11 @@ def main(argv=None):
         write_csv(args.csv, rows)
     if args.plot:
         plot(args.plot, rows, title)
+    return int(any('failure' in row for row in rows))
 
 
 if __name__ == '__main__':
     try:
-        main()
+        sys.exit(main())
     except (InputError, OSError) as error:
         ArgumentParser().error(one_line(error))

@@ -104,7 +104,10 @@ def init_process_group(device, dist_url='env://', world_size=1, timeout=600):
     """
     if device.split(':')[0] not in ('cpu', 'cuda'):
         raise InputError(f'--device {device} is neither cpu nor cuda')
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise InputError(f'--device {device} is none; take cpu, cuda or the number of a GPU, as cuda:1') from None
     adopt_slurm()
     rank, world_size = environment_number('RANK', None), environment_number('WORLD_SIZE', world_size)
     if world_size > 1 and rank is None:
@@ -195,11 +198,17 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     return tensor
 
 
+def broadcast(tensor):
+    """Give all processes the first's values of a tensor, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def share_buffers(model):
     """Give all processes the first's running statistics; DDP does so in training, but not after the last step."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    for buffer in model.buffers():
+        broadcast(buffer)
 
 
 class Failures:
@@ -348,12 +357,13 @@ class CompiledModel(nn.Module):
         self.train_graph = compile_whole(dynamic=False)
         self.eval_graph = compile_whole(dynamic=False, mode=replay)
         self.shrinking_graph = compile_whole()
+        # A few graphs more than torch's 8 are needed where blocks begin to drop one after another. And DDP must not
+        # cut the model into several, whose numbers of tokens would be variables between them.
+        self.settings = torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False)
 
     def forward(self, images, keep_rate=None):
         """As the model's; `keep_rate` is for an EViT."""
-        # A few graphs more than torch's 8 are needed where blocks begin to drop one after another. And DDP must not
-        # cut the model into several, whose numbers of tokens would be variables between them.
-        with torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False):
+        with self.settings:
             return self.choose_graph(images, keep_rate)
 
     def choose_graph(self, images, keep_rate):

@@ -48,6 +48,19 @@ def test_evaluate_against_a_loop(num_classes):
     assert stats['images'] == 101 and model.training
 
 
+@pytest.mark.parametrize('sharded', [False, True])
+def test_all_processes_find_the_same_figures(sharded, monkeypatch):
+    """The sums over them where each sees its share, else those of the first."""
+    def of_others(factor):
+        return lambda tensor, *_: tensor.mul_(factor) if tensor.dtype == torch.float64 else tensor
+
+    monkeypatch.setattr('engine.all_reduce', of_others(3))
+    monkeypatch.setattr('engine.broadcast', of_others(2))
+    loader = DataLoader(TensorDataset(torch.eye(4), torch.arange(4)), 2)
+    stats = evaluate(Logits(4), loader, device=CPU, amp_dtype=torch.float32, sharded=sharded)
+    assert stats['images'] == (12 if sharded else 8) and stats['acc1'] == 100
+
+
 def train_epoch(model, loader, seed=0, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return train_one_epoch(

@@ -110,6 +110,11 @@ def trees(image_folder, tmp_path):
     (['--lr', 'inf'], '--lr'),
     (['--cutmix-minmax', '0.9', '0.1'], 'smaller share first'),
     (['--device', 'meta'], 'meta'),
+    (['--device', 'cuda:x'], 'cuda:x'),
+    (['--sched', 'plateau', '--decay-rate', '1'], '--sched plateau'),
+    (['--lr-noise', '0', '--lr-noise-pct', '0'], '--lr-noise-pct'),
+    (['--distillation-type', 'hard', '--teacher-path', 'x', '--model', 'deit_tiny_distilled_patch16_shrink_base',
+      '--teacher-model', 'deit_tiny_patch16_224'], 'images of 224 pixels, not 32'),
     (['--output_dir', '{root}/junk.pth'], 'junk.pth cannot be made'),
     (['--data-set', 'CIFAR', '--data-path', '{root}'], 'cifar-100-python'),
     (['--data-set', 'INAT', '--data-path', '{root}'], 'categories.json'),
@@ -225,11 +230,12 @@ def test_resumed_at_any_step_a_run_ends_with_the_same_bits(flags, image_folder, 
 
 
 def test_what_a_run_broken_off_has_logged_is_not_repeated(tmp_path):
-    lines = [{'speed_gmacs': 1.0}, *({'epoch': epoch} for epoch in range(4))]
-    (tmp_path / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines) + '{"epoch": 4, "tr')
+    lines = [{'speed_gmacs': 1.0}, ['a', 'note'], *({'epoch': epoch} for epoch in range(4))]
+    (tmp_path / 'log.txt').write_bytes(b'\xff\n' + b''.join(json.dumps(line).encode() + b'\n' for line in lines)
+                                       + b'{"epoch": 4, "tr')
     with main.RunOutput(parse_args(['--resume', 'auto', '--output-dir', str(tmp_path)]), 2):
         pass
-    assert log_lines(tmp_path) == lines[:3]
+    assert log_lines(tmp_path) == lines[:4]
 
 
 def test_with_other_steps_a_run_goes_on_at_the_like_of_its_step(image_folder, tmp_path, capsys, one_thread):
@@ -241,6 +247,52 @@ def test_with_other_steps_a_run_goes_on_at_the_like_of_its_step(image_folder, tm
     out = capsys.readouterr().out
     assert 'saved at step 4 of 6, an epoch has 12 now; training goes on at step 8' in out
     assert '[ 9/12]' in out and '[ 8/12]' not in out
+
+
+def test_with_other_updates_a_run_goes_on_where_one_begins(capsys):
+    training = main.Training(args := parse_args(PLAIN), main.build_model(args, 10), torch.device('cpu'))
+    assert training.start_step(6, 2) == 0
+    training.progress = {'step': 4, 'num_steps': 6}
+    assert training.start_step(6, 2) == 4 and capsys.readouterr().out == ''
+    assert training.start_step(6, 3) == 3 and training.progress == {'step': 3, 'num_steps': 6}
+    assert 'goes on at step 3' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('sched', ['cosine', 'step'])
+def test_a_resumed_run_takes_its_rates_from_its_own_flags(sched, capsys):
+    """As a run that had them from the start, while the moments of the optimizer stay."""
+    def training(*flags):
+        args = parse_args([*PLAIN, '--sched', sched, '--decay-epochs', '2', *flags])
+        return args, main.Training(args, main.build_model(args, 10), torch.device('cpu'))
+
+    def groups(training):
+        return [{name: value for name, value in group.items() if name != 'params'}
+                for group in training.optimizer.param_groups]
+
+    args, first = training('--epochs', '20', '--opt', 'sgd')
+    for parameter in first.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.optimizer.step()
+    first.lr_scheduler.step(4)
+    first.epoch = 5
+    saved = first.checkpoint(args)
+    for flags in ([], ['--lr', '1e-4'], ['--epochs', '9'], ['--weight-decay', '0.3'], ['--batch-size', '32']):
+        args, resumed = training('--epochs', '20', '--opt', 'sgd', *flags)
+        _, own = training('--epochs', '20', '--opt', 'sgd', *flags)
+        own.lr_scheduler.step(4)
+        resumed.resume(saved, 'a.pth')
+        assert groups(resumed) == groups(own) and (groups(own) == groups(first)) == (
+            not flags or (sched, flags[0]) == ('step', '--epochs')), flags
+        assert_same(resumed.optimizer.state_dict()['state'], first.optimizer.state_dict()['state'])
+        resumed.lr_scheduler.step(5)
+        own.lr_scheduler.step(5)
+        assert groups(resumed) == groups(own)
+
+
+def test_a_resumed_run_tells_of_another_schedule(digits_run, capsys):
+    _, folder = digits_run
+    main.read_resume(parse_args([*PLAIN, '--lr', '1e-4']), str(folder / 'checkpoint.pth'))
+    assert 'trained with lr 0.0024, this run has 0.0001' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('where', ['training', 'evaluation'])
@@ -267,7 +319,7 @@ def test_a_signal_ends_a_run_that_then_goes_on_exactly(where, image_folder, tmp_
 def test_what_does_not_fit_is_not_resumed(digits_run, tmp_path):
     _, folder = digits_run
     args = parse_args(PLAIN)
-    wrong = ('lr_scheduler', None), ('optimizer', None), ('epoch', 'x'), ('optimizer', {'param_groups': []})
+    wrong = ('epoch', None), ('optimizer', None), ('epoch', 'x'), ('optimizer', {'param_groups': []})
     for key, value in wrong:
         training = main.Training(args, main.build_model(args, 10), torch.device('cpu'))
         with pytest.raises(utils.InputError, match='a.pth lacks a part'):
@@ -477,10 +529,18 @@ def test_timms_own_model_trains_in_the_same_loop(image_folder, tmp_path):
     assert 'train_keep_rate' not in log_lines(tmp_path)[0] and checkpoint(tmp_path)['model_ema'] is None
 
 
+@pytest.mark.parametrize('name', ['inception_v3', 'vgg11', 'levit_128s', 'tiny_vit_5m_224', 'coat_tiny'])
+def test_timms_models_are_built_whatever_they_are_made_of(name):
+    """Without stochastic depth, or with patches whose size timm tells in another way, or not at all."""
+    with torch.device('meta'):
+        model = main.build_model(parse_args(['--model', name]), 7)
+    assert model.num_classes == 7
+
+
 def test_speed_and_masks(digits_run, tmp_path, capsys):
     _, folder = digits_run
     flags = [*PLAIN, '--output_dir', str(tmp_path), '--resume', str(folder / 'checkpoint.pth')]
-    main.main(parse_args([*flags, '--only_test_speed', '--batch-size', '2']))
+    main.main(parse_args([*flags, '--only_test_speed', '--batch-size', '1', '--mixup', '0.8']))
     assert 'images/s' in (tmp_path / 'speed_macs.txt').read_text() and 'GMACs' in capsys.readouterr().out
     line, = log_lines(tmp_path)
     assert line['speed_images_per_second'] > 0 and 0 < line['speed_gmacs'] < 1

@@ -367,7 +367,8 @@ def test_blocks_that_begin_to_drop_one_after_another_take_a_graph_each(compiled_
 
 
 @pytest.mark.gpu
-def test_compiled_evaluation_replays_cuda_graphs():
+def test_compiled_evaluation_replays_cuda_graphs(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     model = tiny(fuse_token=True).cuda()
     compiled = utils.CompiledModel(model, torch.device('cuda'))
     with torch.no_grad():
@@ -389,8 +390,9 @@ def test_compiled_gradient_checkpointing_changes_no_gradient(compiled_graphs):
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
-def test_compiled_eager_and_plain_agree(device):
+def test_compiled_eager_and_plain_agree(device, monkeypatch):
     """By the real compiler, at the size of the paper's model."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     case = next(case for case in reference('forward.json') if case['size'] == 'small' and case['fuse_token']
                 and case['base_keep_rate'] == 0.7 and case['call_keep_rate'] is None and case['input_size'] == 224)
     model = reference_model(case).eval().to(device)

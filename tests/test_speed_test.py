@@ -229,8 +229,9 @@ def test_no_peak_memory_on_the_cpu():
 @pytest.mark.parametrize('train', [False, True])
 def test_compiled_on_cuda(train):
     """As a CUDA graph; and the memory that it takes is counted."""
-    model = tiny().cuda()
-    assert peak_memory(model, protocol(device=torch.device('cuda'), compiled=True, train=train)) > 20
+    model = tiny(depth=4, drop_loc=(1, 2)).cuda()
+    settings = protocol(device=torch.device('cuda'), amp_dtype=torch.bfloat16, compiled=True, train=train)
+    assert peak_memory(model, settings) > 5
     result = throughput(model, 32, amp_dtype=torch.bfloat16, compiled=True, train=train, **QUICK)
     assert result.median > 0
 
@@ -277,7 +278,7 @@ def test_compare_goes_on_after_a_failure(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(speed_test, 'stopwatch', lambda run, settings: functools.partial(
-            fails_late if not calls and not calls.append(1) else lambda _: 2., None))
+            fails_late if calls.append(1) or len(calls) == 2 else lambda _: 2., None))       # after the matrix product
         late = compare([Candidate('one'), Candidate('two')], protocol(), fuse_token=True)
     assert late[0]['failure'] == 'OutOfMemoryError: late' and 'speed' not in late[0]
     assert late[1]['speed'].rates == 5 * (2.,) and late[1]['ratio'] == 1.
@@ -397,6 +398,35 @@ def test_channels_last_changes_the_layout_alone():
     assert torch.equal(settings.images(), protocol().images()) and protocol().images().is_contiguous()
 
 
+@pytest.mark.parametrize('failures', [0, 1])
+def test_exit_status_tells_of_a_failure(failures, monkeypatch, capsys):
+    row = {'model': 'a', 'input_size': 32, 'top1': None, 'failure': 'RuntimeError: out of memory'}
+    monkeypatch.setattr(speed_test, 'compare', lambda *_: failures * [row] or [{'model': 'b', 'input_size': 32}])
+    monkeypatch.setattr(speed_test, 'format_table', lambda rows: [])
+    assert speed_test.main(['--device', 'cpu']) == failures
+
+
+def test_checking_with_gradients_keeps_no_graph(monkeypatch):
+    outputs = []
+
+    def forward_with_graph(model, images, settings):
+        outputs.append(model(images))
+        return outputs[-1]
+
+    class Kept(Exception):
+        pass
+
+    def equal(first, second):
+        assert first.grad_fn is None and second.grad_fn is None
+        raise Kept
+
+    monkeypatch.setattr(speed_test, 'forward', forward_with_graph)
+    monkeypatch.setattr(torch, 'equal', equal)
+    with pytest.raises(Kept):
+        check_real(tiny(), protocol(gradients=True))
+    assert outputs[0].grad_fn is not None
+
+
 def test_figure_4(monkeypatch, tmp_path, capsys):
     """By default the paper's models, each at its size, the accuracies with them; a picture of those that have one."""
     monkeypatch.setattr(speed_test, 'measured_pass', lambda model, settings: None)
@@ -483,6 +513,7 @@ def test_largest_batch(monkeypatch):
     (['--models', TINY, '--device', 'cpu', '--batch-size', 'auto'], 'on a CPU, give a number'),
     (['--models', TINY, '--plot', 'no/such/folder/speed.png'], 'no/such/folder'),
     (['--loader', '--data-path', '.', '--plot', 'speed.png'], '--plot'),
+    (['--loader', '--data-path', '.', '--compile'], '--compile'),
     (['--models', TINY, '--loader'], 'not allowed with'),
     (['--loader'], '--loader needs --data-path'),
     (['--models', TINY, '--data-path', '.'], '--data-path needs --loader'),

@@ -14,7 +14,7 @@ from runs import SAVES, Run, at_file_operation, fork
 
 def at_a_moment(draw, console):
     """→ wait(run), until it is anywhere from its first line to its last evaluation."""
-    lines, delay = draw.randrange(console.count('\n') - 8), draw.uniform(0, 0.2)
+    lines, delay = 1 + draw.randrange(console.count('\n') - 8), draw.uniform(0, 0.2)
 
     def wait(run, folder):
         run.wait_for(lambda: run.read('out').count('\n') >= lines)
