@@ -347,10 +347,14 @@ class CompiledModel(nn.Module):
     Args:
         model: any model of timm; shared, not copied.
         device: torch.device of the model.
+    Raises:
+        InputError: on a CPU, where there is no compiler.
     """
 
     def __init__(self, model, device):
         super().__init__()
+        if device.type == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
+            raise InputError('--compile needs a C++ compiler on a CPU; install g++, or name another in CXX')
         self.model, self.training = model, model.training
         replay = 'reduce-overhead' if device.type == 'cuda' else None
         compile_whole = functools.partial(torch.compile, model.forward, fullgraph=True)

@@ -585,6 +585,7 @@ def convert_within(folder, limit=None, interrupt_at=None):
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if interrupt_at:
+        signal.signal(signal.SIGINT, signal.default_int_handler)           # which a shell's background jobs ignore
         sys.addaudithook(lambda event, arguments: event == 'open' and str(arguments[0]).endswith(interrupt_at)
                          and os.kill(os.getpid(), signal.SIGINT))
     sys.argv = ['folder2lmdb.py', '--dir', folder, '--splits', 'train']

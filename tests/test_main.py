@@ -122,9 +122,11 @@ def trees(image_folder, tmp_path):
     (['--no-such-flag'], 'no-such-flag'),
     (['--device', 'abacus'], 'abacus'),
     (['--use-lmdb', '--data-path', '{root}'], 'train.lmdb'),
+    (['--compile'], 'g++'),
     (['--world_size', '2'], 'RANK')], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
 def test_wrong_input_is_one_line_and_status_2(flags, named, trees, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('CXX', 'no_such_compiler')
     flags = [flag.format(root=trees, tree=image_folder) for flag in flags]
     monkeypatch.setattr(sys, 'argv', ['main.py', *PLAIN, '--output_dir', 'out', *flags])
     with pytest.raises(SystemExit) as exit_:

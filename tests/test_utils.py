@@ -5,7 +5,6 @@ import queue
 import random
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -222,17 +221,23 @@ def test_srun_tells_what_torchrun_would(environment, tmp_path, monkeypatch):
 @pytest.mark.parametrize('signum', utils.StopSignal.SIGNALS)
 def test_a_first_signal_is_noted_and_a_second_one_ends_the_process(signum, monkeypatch):
     statuses, handler = queue.Queue(), signal.getsignal(signum)
+    times, readings = iter([7., 7., 7.4, 7.6]), queue.Queue()              # of the first signal, which is read twice, …
+    other = signal.SIGUSR1 if signum == signal.SIGTERM else signal.SIGTERM
+
+    def monotonic():
+        readings.put(now := next(times))
+        return now
+
     monkeypatch.setattr(os, '_exit', statuses.put)
+    monkeypatch.setattr(utils.time, 'monotonic', monotonic)
     with utils.StopSignal(torch.device('cpu')) as stop:
         assert stop.agreed() == 0
         signal.raise_signal(signum)
-        time.sleep(0.1)                              # passed on by a launcher
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.agreed() == signum
-        time.sleep(0.5)
-        assert statuses.empty()
+        assert [readings.get(timeout=60) for _ in range(2)] == [7., 7.]
+        signal.raise_signal(other)                   # passed on by a launcher
+        assert readings.get(timeout=60) == 7.4 and stop.agreed() == signum
         signal.raise_signal(signum)
-        assert statuses.get(timeout=5) == 128 + signum
+        assert statuses.get(timeout=60) == 128 + signum
     assert signal.getsignal(signum) == handler and signal.set_wakeup_fd(-1) == -1
 
 
