@@ -10,12 +10,18 @@ from runs import train
 SEED = os.environ.setdefault('FAULTS_SEED', str(int(time.time())))         # which pytest's own workers inherit
 
 
-def pytest_configure():
+def pytest_configure(config):
     torch.set_num_threads(1)                           # or a forked process would wait for threads it does not have
+    config.option.loadscopereorder = False             # pytest -n: files in the order that they have below
 
 
 def pytest_report_header():
     return f'random moments follow from FAULTS_SEED={SEED}'
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that with -n none is left over when all others are done."""
+    items.sort(key=lambda item: item.path.stem not in ('test_cluster', 'test_kills'))
 
 
 @pytest.fixture(scope='session')
