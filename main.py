@@ -41,7 +41,10 @@ from speed_test import macs, throughput
 from utils import InputError, log
 from visualize_mask import SHEET_IMAGES, draw_sheets, save_masked
 
-HYPERPARAMETERS = {'lr', 'initial_lr', 'weight_decay', 'betas', 'eps', 'momentum'}     # an optimizer's, flags set them
+# What the flags set of an optimizer, and of the scheduler of --sched plateau what it has found out
+HYPERPARAMETERS = {'lr', 'initial_lr', 'max_lr_snapshot', 'weight_decay', 'betas', 'beta1', 'betas_1d', 'eps',
+                   'momentum'}
+FOUND = {'best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch', '_last_lr'}
 SCHEDULE = ('epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs', 'weight_decay')
 TOKEN_FLAGS = ('base_keep_rate', 'fuse_token', 'drop_loc', 'shrink_start_epoch', 'shrink_epochs')
 
@@ -127,7 +130,7 @@ def get_args_parser():
     add('--lr', type=non_negative, default=5e-4, help='learning rate, times global batch size / 512')
     add('--lr-noise', type=float, nargs='+', help='where noise on the rate begins and ends, as shares of the epochs')
     add('--lr-noise-pct', type=within(0.01, math.inf), default=0.67)
-    add('--lr-noise-std', type=float, default=1.0)
+    add('--lr-noise-std', type=within(0, 100), default=1.0)
     add('--warmup-lr', type=non_negative, default=1e-6)
     add('--min-lr', type=non_negative, default=1e-5)
     add('--decay-epochs', type=within(1, math.inf), default=30)
@@ -222,10 +225,6 @@ def parse_args(argv, parser=None):
         args = parser.parse_args(argv)
     if args.data_set is None:
         args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
-    if not timm.is_model(args.teacher_model):
-        parser.error(f'--teacher-model {args.teacher_model} is not in timm')
-    teacher_cfg = timm.get_pretrained_cfg(args.teacher_model)
-    teacher_size = teacher_cfg.input_size[-1] if teacher_cfg.fixed_input_size else args.input_size
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     for wrong, message in (
             (not timm.is_model(args.model), f'--model {args.model} is neither in models_evit.py nor in timm'),
@@ -241,8 +240,7 @@ def parse_args(argv, parser=None):
              f'--distillation-type {args.distillation_type} needs --teacher-path'),
             (args.distillation_type != 'none' and 'distilled' not in args.model,
              f'--distillation-type {args.distillation_type} needs a model with a distillation token, not {args.model}'),
-            (args.distillation_type != 'none' and teacher_size != args.input_size,
-             f'--teacher-model {args.teacher_model} takes images of {teacher_size} pixels, not {args.input_size}'),
+            (not timm.is_model(args.teacher_model), f'--teacher-model {args.teacher_model} is not in timm'),
             (mixed and args.batch_size % 2 and not evaluates_only(args) and not args.only_test_speed,
              f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
             (args.visualize_mask and args.model not in models_evit.VARIANTS,
@@ -304,7 +302,7 @@ def build_model(args, num_classes):
         except (AttributeError, AssertionError):
             raise InputError(f'--grad-checkpointing: {args.model} has none') from None
     patch_size = to_2tuple(getattr(getattr(model, 'patch_embed', None), 'patch_size', 1))
-    if any(args.input_size % side for side in patch_size):
+    if 'img_size' in options and any(args.input_size % side for side in patch_size):
         raise InputError(f'--input-size {args.input_size} is no multiple of the patch size {patch_size[0]}')
     return model
 
@@ -327,6 +325,12 @@ def build_criterion(args, num_classes, device):
     if args.distillation_type != 'none':
         teacher = timm.create_model(args.teacher_model, num_classes=num_classes).to(device).eval()
         utils.load_weights(teacher, utils.load_checkpoint(args.teacher_path)['model'], args.teacher_path)
+        try:
+            with torch.no_grad():
+                teacher(torch.zeros(1, 3, args.input_size, args.input_size, device=device))
+        except (AssertionError, RuntimeError) as error:
+            raise InputError(f'--teacher-model {args.teacher_model} takes no images of {args.input_size} pixels: '
+                             f'{utils.one_line(error)}') from None
     return mixup, DistillationLoss(base_criterion, teacher, args.distillation_type, args.distillation_alpha,
                                    args.distillation_tau)
 
@@ -375,7 +379,7 @@ class Training:
         fused = {'fused': True} if args.opt == 'adamw' else {}                         # one kernel for all tensors
         try:
             self.optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr, **fused})
-        except (ValueError, AssertionError, RuntimeError) as error:
+        except (ValueError, AssertionError, IndexError, RuntimeError) as error:
             raise InputError(f'--opt {args.opt} cannot be used here: {error}') from None
         try:
             self.lr_scheduler, _ = create_scheduler(args, self.optimizer)
@@ -417,20 +421,19 @@ class Training:
     def load_optimizer(self, optimizer, scheduler):
         """Take what an optimizer has gathered; but its settings from the flags, and the rate from their schedule.
 
-        Only --sched plateau goes on with rates of its own, which follow from the accuracies so far.
+        Only the rate of --sched plateau goes on, which follows from the accuracies so far.
         """
-        settings = [{name: group[name] for name in HYPERPARAMETERS & group.keys()}
-                    for group in self.optimizer.param_groups]
+        plateau = isinstance(self.lr_scheduler, PlateauLRScheduler)
+        names = HYPERPARAMETERS - {'lr', 'initial_lr'} if plateau else HYPERPARAMETERS
+        settings = [{name: group[name] for name in names & group.keys()} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(optimizer)
-        if isinstance(self.lr_scheduler, PlateauLRScheduler):
-            self.lr_scheduler.load_state_dict(scheduler)
-            if 'inner' in scheduler:
-                self.lr_scheduler.lr_scheduler.load_state_dict(scheduler['inner'])
-                self.lr_scheduler.restore_lr = scheduler['restore_lr']
-            return
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
-        if self.epoch:
+        if plateau:
+            found = scheduler.get('inner', scheduler)
+            self.lr_scheduler.lr_scheduler.load_state_dict({name: found[name] for name in FOUND & found.keys()})
+            self.lr_scheduler.restore_lr = scheduler.get('restore_lr')
+        elif self.epoch:
             self.lr_scheduler.step(self.epoch - 1)
 
     def resume(self, checkpoint, source):
@@ -457,7 +460,7 @@ class Training:
         if not self.progress:
             return 0
         saved, of = self.progress['step'], self.progress['num_steps']
-        step = saved * num_steps // of // accum_steps * accum_steps
+        step = num_steps if saved == of else saved * num_steps // of // accum_steps * accum_steps
         if (step, num_steps) != (saved, of):
             log(f'note: the checkpoint was saved at step {saved} of {of}, an epoch has {num_steps} now; training goes '
                 f'on at step {step}')
@@ -483,7 +486,8 @@ def read_resume(args, source):
     """
     checkpoint = utils.load_checkpoint(source)
     trained = checkpoint.get('args') or {}
-    trained = trained if isinstance(trained, dict) else vars(trained)
+    if not isinstance(trained, dict):                  # of the original code, whose lr is the scaled one
+        trained = {name: value for name, value in vars(trained).items() if name != 'lr'}
     for name in () if evaluates_only(args) else ('opt', 'sched'):
         if name in trained and trained[name] != getattr(args, name):
             raise InputError(f'{source} was trained with --{name} {trained[name]} and cannot go on with '
@@ -592,12 +596,16 @@ def cut_log(folder, epoch):
             stats = json.loads(line)
         except ValueError:                             # not UTF-8 included
             return False
-        return not isinstance(stats, dict) or stats.get('epoch', -1) < epoch
+        of = stats.get('epoch') if isinstance(stats, dict) else None
+        return line.endswith(b'\n') and (not isinstance(of, int) or of < epoch)
 
     path = folder / 'log.txt'
     if path.exists():
         temporary = path.with_name('log.txt.tmp')
-        temporary.write_bytes(b''.join(filter(stays, path.read_bytes().splitlines(keepends=True))))
+        with temporary.open('wb') as file:
+            file.writelines(filter(stays, path.read_bytes().splitlines(keepends=True)))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
 
 

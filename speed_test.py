@@ -55,7 +55,8 @@ from datasets import SeededDataset, build_dataset, build_loader
 from folder2lmdb import ImageFolderLMDB
 from models_evit import VARIANTS
 from samplers import EvalSampler, TrainSampler
-from utils import ArgumentParser, CompiledModel, InputError, allow_fast_kernels, autocast, eval_mode, one_line
+from utils import (ArgumentParser, CompiledModel, InputError, allow_fast_kernels, autocast, check_compiler, eval_mode,
+                   one_line)
 
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError.
 FAILURES = (AssertionError, RuntimeError, TypeError, ValueError)
@@ -176,6 +177,7 @@ def forward(model, images, protocol):
 
 def compile_forward(model, protocol):
     """The model by torch.compile, as one graph, for `forward`; a CUDA graph where it needs no gradients."""
+    check_compiler(protocol.device)
     if protocol.device.type == 'cpu':
         model = copy.deepcopy(model)                   # its weights become constants, of which later code must not hear
     replay = protocol.device.type == 'cuda' and not protocol.gradients

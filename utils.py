@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -335,6 +336,13 @@ def eval_mode(*models):
             module.training = training
 
 
+def check_compiler(device):
+    """InputError where torch.compile has no C++ compiler, which it needs on a CPU."""
+    compiler, *_ = shlex.split(os.environ.get('CXX', '')) or ['g++']
+    if device.type == 'cpu' and not shutil.which(compiler):
+        raise InputError('--compile needs a C++ compiler on a CPU; install g++, or name another in CXX')
+
+
 class CompiledModel(nn.Module):
     """A model by torch.compile, always as one graph.
 
@@ -353,8 +361,7 @@ class CompiledModel(nn.Module):
 
     def __init__(self, model, device):
         super().__init__()
-        if device.type == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
-            raise InputError('--compile needs a C++ compiler on a CPU; install g++, or name another in CXX')
+        check_compiler(device)
         self.model, self.training = model, model.training
         replay = 'reduce-overhead' if device.type == 'cuda' else None
         compile_whole = functools.partial(torch.compile, model.forward, fullgraph=True)

@@ -1,3 +1,4 @@
+import argparse
 import io
 import json
 import os
@@ -66,6 +67,8 @@ def trees(image_folder, tmp_path):
     Image.new('RGB', (8, 8)).save(tmp_path / 'no_val' / 'train' / 'a' / '0.png')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'junk.pth').write_text('junk')
+    teacher = timm.create_model('deit_tiny_patch16_224', num_classes=10)
+    torch.save({'model': teacher.state_dict()}, tmp_path / 'teacher.pth')
     return tmp_path
 
 
@@ -113,8 +116,9 @@ def trees(image_folder, tmp_path):
     (['--device', 'cuda:x'], 'cuda:x'),
     (['--sched', 'plateau', '--decay-rate', '1'], '--sched plateau'),
     (['--lr-noise', '0', '--lr-noise-pct', '0'], '--lr-noise-pct'),
-    (['--distillation-type', 'hard', '--teacher-path', 'x', '--model', 'deit_tiny_distilled_patch16_shrink_base',
-      '--teacher-model', 'deit_tiny_patch16_224'], 'images of 224 pixels, not 32'),
+    (['--distillation-type', 'hard', '--teacher-path', '{root}/teacher.pth', '--teacher-model', 'deit_tiny_patch16_224',
+      '--model', 'deit_tiny_distilled_patch16_shrink_base'], 'no images of 32 pixels'),
+    (['--opt', 'adan', '--opt-betas', '.8', '.9'], '--opt adan'),
     (['--output_dir', '{root}/junk.pth'], 'junk.pth cannot be made'),
     (['--data-set', 'CIFAR', '--data-path', '{root}'], 'cifar-100-python'),
     (['--data-set', 'INAT', '--data-path', '{root}'], 'categories.json'),
@@ -231,10 +235,11 @@ def test_resumed_at_any_step_a_run_ends_with_the_same_bits(flags, image_folder, 
         assert_same(result(kept[i]), result(tmp_path / 'whole'))
 
 
-def test_what_a_run_broken_off_has_logged_is_not_repeated(tmp_path):
+@pytest.mark.parametrize('torn', [1, 0])
+def test_what_a_run_broken_off_has_logged_is_not_repeated(torn, tmp_path):
     lines = [{'speed_gmacs': 1.0}, ['a', 'note'], *({'epoch': epoch} for epoch in range(4))]
     (tmp_path / 'log.txt').write_bytes(b'\xff\n' + b''.join(json.dumps(line).encode() + b'\n' for line in lines)
-                                       + b'{"epoch": 4, "tr')
+                                       + b'{"epoch": 4, "tr' * torn + (1 - torn) * b'{"epoch": null}')
     with main.RunOutput(parse_args(['--resume', 'auto', '--output-dir', str(tmp_path)]), 2):
         pass
     assert log_lines(tmp_path) == lines[:4]
@@ -256,6 +261,9 @@ def test_with_other_updates_a_run_goes_on_where_one_begins(capsys):
     assert training.start_step(6, 2) == 0
     training.progress = {'step': 4, 'num_steps': 6}
     assert training.start_step(6, 2) == 4 and capsys.readouterr().out == ''
+    training.progress['step'] = 6                                          # which the last update ended, though of one
+    assert training.start_step(6, 4) == 6 and capsys.readouterr().out == ''
+    training.progress['step'] = 4
     assert training.start_step(6, 3) == 3 and training.progress == {'step': 3, 'num_steps': 6}
     assert 'goes on at step 3' in capsys.readouterr().out
 
@@ -278,7 +286,8 @@ def test_a_resumed_run_takes_its_rates_from_its_own_flags(sched, capsys):
     first.lr_scheduler.step(4)
     first.epoch = 5
     saved = first.checkpoint(args)
-    for flags in ([], ['--lr', '1e-4'], ['--epochs', '9'], ['--weight-decay', '0.3'], ['--batch-size', '32']):
+    for flags in ([], ['--lr', '1e-4'], ['--epochs', '9'], ['--weight-decay', '0.3'], ['--batch-size', '32'],
+                  ['--momentum', '0.5']):
         args, resumed = training('--epochs', '20', '--opt', 'sgd', *flags)
         _, own = training('--epochs', '20', '--opt', 'sgd', *flags)
         own.lr_scheduler.step(4)
@@ -291,15 +300,42 @@ def test_a_resumed_run_takes_its_rates_from_its_own_flags(sched, capsys):
         assert groups(resumed) == groups(own)
 
 
-def test_a_resumed_run_tells_of_another_schedule(digits_run, capsys):
+def test_of_a_plateau_only_the_rate_and_what_led_to_it_go_on():
+    def training(*flags):
+        args = parse_args([*PLAIN, '--sched', 'plateau', '--warmup-lr', '1e-3', *flags])
+        return args, main.Training(args, main.build_model(args, 10), torch.device('cpu'))
+
+    args, first = training()
+    for epoch, accuracy in enumerate((10., 20., 15.)):
+        first.lr_scheduler.step(epoch, accuracy)
+    for group in first.optimizer.param_groups:
+        group['lr'] = 7e-4
+    first.epoch = 3
+    _, resumed = training('--weight-decay', '0.3', '--patience-epochs', '3', '--decay-rate', '0.5', '--min-lr', '1e-7')
+    resumed.resume(first.checkpoint(args), 'a.pth')
+    plateau = resumed.lr_scheduler.lr_scheduler
+    assert (plateau.best, plateau.num_bad_epochs) == (20., 1)
+    assert (plateau.patience, plateau.factor, set(plateau.min_lrs)) == (3, 0.5, {1e-7})
+    assert {group['lr'] for group in resumed.optimizer.param_groups} == {7e-4}
+    assert {group['weight_decay'] for group in resumed.optimizer.param_groups} == {0., 0.3}
+
+
+def test_a_resumed_run_tells_of_another_schedule(digits_run, tmp_path, capsys):
     _, folder = digits_run
     main.read_resume(parse_args([*PLAIN, '--lr', '1e-4']), str(folder / 'checkpoint.pth'))
     assert 'trained with lr 0.0024, this run has 0.0001' in capsys.readouterr().out
+    state = checkpoint(folder)
+    torch.save(state | {'args': argparse.Namespace(**state['args'])}, tmp_path / 'original.pth')
+    main.read_resume(parse_args([*PLAIN, '--lr', '1e-4', '--epochs', '7']), str(tmp_path / 'original.pth'))
+    out = capsys.readouterr().out
+    assert 'trained with lr' not in out and 'trained with epochs' in out
 
 
-@pytest.mark.parametrize('where', ['training', 'evaluation'])
-def test_a_signal_ends_a_run_that_then_goes_on_exactly(where, image_folder, tmp_path, monkeypatch, one_thread):
-    flags = [*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '2', '--resume', 'auto']
+@pytest.mark.parametrize('where, accum_steps', [('training', 1), ('evaluation', 1), ('evaluation', 2)])
+def test_a_signal_ends_a_run_that_then_goes_on_exactly(where, accum_steps, image_folder, tmp_path, monkeypatch,
+                                                       one_thread):
+    flags = [*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '2', '--resume', 'auto',
+             '--accum-steps', str(accum_steps)]
     main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole')]))
     calls, function = [], 'train_one_epoch' if where == 'training' else 'evaluate'
 

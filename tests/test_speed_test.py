@@ -17,7 +17,7 @@ import folder2lmdb
 import speed_test
 from speed_test import (Candidate, LoadingProtocol, Protocol, Throughput, check_real, compare, macs, measured_pass,
                         paired_throughput, peak_memory, stopwatch, throughput)
-from utils import InputError
+from utils import InputError, check_compiler
 
 TINY = 'deit_tiny_patch16_shrink_base'
 QUICK = dict(batch_size=2, window_seconds=0.001)
@@ -396,6 +396,15 @@ def test_channels_last_changes_the_layout_alone():
     settings = protocol(channels_last=True)
     assert settings.images().is_contiguous(memory_format=torch.channels_last) and 'channels last' in str(settings)
     assert torch.equal(settings.images(), protocol().images()) and protocol().images().is_contiguous()
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_without_a_compiler_nothing_is_compiled(train, monkeypatch):
+    monkeypatch.setenv('CXX', 'no_such_compiler -m64')
+    with pytest.raises(InputError, match='C.. compiler'):
+        measured_pass(tiny(), protocol(compiled=True, train=train))
+    monkeypatch.setenv('CXX', 'env g++')
+    check_compiler(torch.device('cpu'))
 
 
 @pytest.mark.parametrize('failures', [0, 1])
