@@ -58,8 +58,16 @@ def test_flags_with_dashes_and_underscores():
     assert parse_args(['--model', 'deit_small_patch16_224']).base_keep_rate is None
 
 
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    """A checkpoint of a model that takes images of 224 pixels only."""
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
+    torch.save({'model': timm.create_model('deit_tiny_patch16_224', num_classes=10).state_dict()}, path)
+    return path
+
+
 @pytest.fixture
-def trees(image_folder, tmp_path):
+def trees(image_folder, teacher, tmp_path):
     """Trees that are wrong in one way each."""
     shutil.copytree(image_folder, tmp_path / 'other_classes')
     (tmp_path / 'other_classes' / 'val' / 'red').rename(tmp_path / 'other_classes' / 'val' / 'pink')
@@ -67,8 +75,7 @@ def trees(image_folder, tmp_path):
     Image.new('RGB', (8, 8)).save(tmp_path / 'no_val' / 'train' / 'a' / '0.png')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'junk.pth').write_text('junk')
-    teacher = timm.create_model('deit_tiny_patch16_224', num_classes=10)
-    torch.save({'model': teacher.state_dict()}, tmp_path / 'teacher.pth')
+    os.link(teacher, tmp_path / 'teacher.pth')
     return tmp_path
 
 
@@ -356,8 +363,8 @@ def test_a_signal_ends_a_run_that_then_goes_on_exactly(where, accum_steps, image
 
 def test_what_does_not_fit_is_not_resumed(digits_run, tmp_path):
     _, folder = digits_run
-    args = parse_args(PLAIN)
-    wrong = ('epoch', None), ('optimizer', None), ('epoch', 'x'), ('optimizer', {'param_groups': []})
+    args = parse_args([*PLAIN, '--sched', 'plateau'])                      # which alone goes on with its scheduler
+    wrong = ('lr_scheduler', None), ('optimizer', None), ('epoch', 'x'), ('optimizer', {'param_groups': []})
     for key, value in wrong:
         training = main.Training(args, main.build_model(args, 10), torch.device('cpu'))
         with pytest.raises(utils.InputError, match='a.pth lacks a part'):

@@ -96,7 +96,7 @@ def test_macs_leave_the_model_unharmed():
 
 def test_throughput_is_images_per_second():
     result = throughput(Recorder(seconds=0.01), 32, batch_size=3, window_seconds=0.05)
-    assert 30 < result.median <= 300                        # at most 3 images in 0.01 s, by the clock on the wall
+    assert 100 < result.median <= 300                       # at most 3 images in 0.01 s
     assert len(result.rates) == 5 and result.min <= result.median <= result.max
 
 
