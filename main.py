@@ -583,10 +583,9 @@ def make_folder(path):
 
 def write_log(folder, stats):
     """Add a line to log.txt."""
-    with (folder / 'log.txt').open('a') as file:
+    # As the checkpoint, which promises that the line is there
+    with utils.open_durably(folder / 'log.txt', 'a') as file:
         file.write(json.dumps(stats) + '\n')
-        file.flush()
-        os.fsync(file.fileno())                        # as the checkpoint, which promises that the line is there
 
 
 def cut_log(folder, epoch):
@@ -602,10 +601,8 @@ def cut_log(folder, epoch):
     path = folder / 'log.txt'
     if path.exists():
         temporary = path.with_name('log.txt.tmp')
-        with temporary.open('wb') as file:
+        with utils.open_durably(temporary, 'wb') as file:
             file.writelines(filter(stays, path.read_bytes().splitlines(keepends=True)))
-            file.flush()
-            os.fsync(file.fileno())
         temporary.replace(path)
 
 

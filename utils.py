@@ -519,11 +519,9 @@ def save_checkpoint(checkpoint, folder, best=False):
     data[-2:] = CHECKSUM_SIZE.to_bytes(2, 'little')
     temporary = folder / (NEWEST + '.tmp')
     try:
-        with temporary.open('wb') as file:
+        with open_durably(temporary, 'wb') as file:
             file.write(data)
             file.write(checksum(data))
-            file.flush()
-            os.fsync(file.fileno())
         if best:
             _link(temporary, folder / BEST)
         with contextlib.suppress(FileNotFoundError):
@@ -558,6 +556,15 @@ def _link(path, target):
             temporary.unlink(missing_ok=True)
             raise
     temporary.replace(target)
+
+
+@contextlib.contextmanager
+def open_durably(path, mode):
+    """An open file, whose content outlasts a power cut once the context is left."""
+    with open(path, mode) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _flush_folder(folder):
