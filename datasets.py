@@ -1,10 +1,6 @@
-"""Choice of data set and transform, and the way from there to normalised batches on the device."""
-import atexit
-import contextlib
+"""Data sets, their transforms, and the way from there to normalised batches on the device."""
 import json
-import multiprocessing
 import random
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -14,50 +10,30 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.transforms.v2 import functional as F
 
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:                                    # torchvision 0.29 announced its removal
-    decode_jpeg = None
-
-from folder2lmdb import ImageFolderLMDB, decode_picture, read_file
-from utils import InputError, StopSignal, seed_all
+from decoding import decode_picture, decode_pixels, load_image
+from lmdb_dataset import ImageFolderLMDB
+from utils import InputError, seed_all
 
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
 
 
-def load_image(path, decode=decode_picture):
-    """What `decode` makes of an image file; DataError, naming the file, where it makes nothing of it."""
-    return decode(read_file(path), lambda: path)
-
-
-def decode_pixels(data, where):
-    """As `decode_picture`, which it falls back on, but → the pixels, uint8 (3, H, W).
-
-    A JPEG in colour goes through torchvision, to the same pixels, in a tensor of which only a crop need be copied.
-    """
-    if decode_jpeg and data.startswith(b'\xff\xd8\xff'):
-        with contextlib.suppress(RuntimeError):        # what torchvision refuses, Pillow may read, or say why not
-            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            if len(pixels) == 3:
-                return pixels
-    return F.pil_to_tensor(decode_picture(data, where))
-
+# --- Data sets ------------------------------------------------------------------------------------------------------
 
 class Digits(Dataset):
     """scikit-learn's 1,797 scanned handwritten digits, 8×8 pixels in 17 grey levels: (RGB picture, label).
 
-    They come with the package, so nothing is downloaded. 1,437 to train, 360 to validate, always the same.
+    The package contains them, so nothing is downloaded. 1,437 to train, 360 to validate, always the same.
     """
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, train, transform=None):
         digits = load_digits()
-        order = np.random.RandomState(0).permutation(len(digits.target))    # the scans stand ordered by writer
+        order = np.random.RandomState(0).permutation(len(digits.target))    # the scans are ordered by writer
         indices = order[:1437] if train else order[1437:]
         self.images = (digits.images[indices] * (255 / 16)).astype(np.uint8)
         self.targets = digits.target[indices].tolist()
@@ -74,9 +50,9 @@ class Digits(Dataset):
 class INaturalist(Dataset):
     """iNaturalist 2018 or 2019: (RGB picture, label).
 
-    `{train,val}{year}.json` lists the images, `categories.json` the categories. An image named
-    `<dir>/<supercategory>/<category id>/<file>` lies at `<dir>/<category id>/<file>`. A class is the category's
-    `category` (its name, genus, …), numbered in order of first appearance in the training annotations.
+    `{train,val}{year}.json` lists the images, `categories.json` the categories. The image with the name
+    `<dir>/<supercategory>/<category id>/<file>` is at `<dir>/<category id>/<file>`. A class is a value of `category`
+    (name, genus, …); classes are numbered by their first appearance in the training annotations.
     """
 
     def __init__(self, root, train, year, category='name', transform=None, loader=load_image):
@@ -93,7 +69,7 @@ class INaturalist(Dataset):
                 self.samples.append((root / folder / category_id / file, number[taxa[int(category_id)]]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f'the annotations of iNaturalist {year} in {root}, with --inat-category {category}, '
-                             f'are not as they should be: {error!r}') from None
+                             f'are not as expected: {error!r}') from None
         self.targets = [label for _, label in self.samples]
         self.transform, self.loader = transform, loader
 
@@ -116,9 +92,9 @@ def _read_json(path):
 
 
 class SeededDataset(Dataset):
-    """A data set asked for (index, key), whose augmentation is drawn from the key (see `utils.seed_all`).
+    """A data set indexed by (index, key); `seed_all(*key)` seeds the augmentation of the sample.
 
-    It leaves the process's generators seeded so: whatever else draws from them seeds them first.
+    The generators of the process stay seeded so: whatever else draws from them seeds them first.
     """
 
     def __init__(self, dataset):
@@ -133,26 +109,38 @@ class SeededDataset(Dataset):
         return self.dataset[index]
 
 
-def build_dataset(is_train, args):
-    """The training or the validation set of `args.data_set`; its `classes` are named, its samples transformed."""
-    transform = build_transform(is_train, args)
-    decode = decode_pixels if is_train and args.fast_resize else decode_picture
+def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False, nb_classes=None, inat_category='name',
+                  input_size=224, fast_resize=False, **augmentation):
+    """The training or the validation set; its `classes` are names, its samples (uint8 (3, S, S), label).
+
+    Args:
+        is_train: which of the two.
+        data_set: 'DIGITS', 'IMNET', 'CIFAR', 'INAT' or 'INAT19'.
+        data_path: folder of the data set, which the digits do not need.
+        use_lmdb: read `train.lmdb` or `val.lmdb` instead of a tree of image files.
+        nb_classes: number of classes of an LMDB database of the original code, which does not store it.
+        inat_category: the rank of iNaturalist's taxonomy that makes a class.
+        input_size, fast_resize, augmentation: as in `build_transform`.
+    Raises:
+        InputError: the folder lacks something, or a policy does not exist.
+    """
+    transform = build_transform(is_train, data_set, input_size, fast_resize, **augmentation)
+    decode = decode_pixels if is_train and fast_resize else decode_picture
     load = partial(load_image, decode=decode)
-    if args.data_set == 'DIGITS':
+    if data_set == 'DIGITS':
         return Digits(is_train, transform)
-    root, split = Path(args.data_path), 'train' if is_train else 'val'
+    root, split = Path(data_path), 'train' if is_train else 'val'
     if not root.is_dir():
         raise InputError(f'--data-path {root} is not a folder')
-    if args.data_set == 'CIFAR':
+    if data_set == 'CIFAR':
         try:
             return CIFAR100(root, train=is_train, transform=transform)
         except RuntimeError:
             raise InputError(f'{root} has no cifar-100-python folder; unpack cifar-100-python.tar.gz there') from None
-    if args.data_set in ('INAT', 'INAT19'):
-        year = 2018 if args.data_set == 'INAT' else 2019
-        return INaturalist(root, is_train, year, args.inat_category, transform, load)
-    if args.use_lmdb:
-        return ImageFolderLMDB(root / f'{split}.lmdb', transform, num_classes=args.nb_classes, decode=decode)
+    if data_set in ('INAT', 'INAT19'):
+        return INaturalist(root, is_train, 2018 if data_set == 'INAT' else 2019, inat_category, transform, load)
+    if use_lmdb:
+        return ImageFolderLMDB(root / f'{split}.lmdb', transform, num_classes=nb_classes, decode=decode)
     if not (root / split).is_dir():
         raise InputError(f'--data-path {root} has no {split}/ folder; {split}/<class>/<image> is expected')
     try:
@@ -162,20 +150,28 @@ def build_dataset(is_train, args):
 
 
 def check_same_classes(dataset_train, dataset_val):
-    """InputError, naming the first ones, where the two sets do not have the same classes."""
+    """Raise InputError, naming the first differences, unless both sets have the same classes."""
     train, val = set(dataset_train.classes), set(dataset_val.classes)
-    lacking = [*(f'{name} is in train only' for name in sorted(train - val)),
-               *(f'{name} is in val only' for name in sorted(val - train))]
-    if lacking:
-        more = f', and {len(lacking) - 3} more' if len(lacking) > 3 else ''
-        raise InputError(f'train and val differ in their classes: {", ".join(lacking[:3])}{more}')
+    differences = [*(f'{name} is in train only' for name in sorted(train - val)),
+                   *(f'{name} is in val only' for name in sorted(val - train))]
+    if differences:
+        more = f', and {len(differences) - 3} more' if len(differences) > 3 else ''
+        raise InputError(f'train and val differ in their classes: {", ".join(differences[:3])}{more}')
 
+
+def spread(dataset, number):
+    """A Subset of `number` samples from all over a data set, which may be ordered by class; all if it has fewer."""
+    number = min(number, len(dataset))
+    return Subset(dataset, [i * len(dataset) // number for i in range(number)])
+
+
+# --- Transforms -----------------------------------------------------------------------------------------------------
 
 class FastRandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's, from the same draws, of a picture or its pixels, uint8 (3, H, W) → picture.
+    """timm's random resized crop, with the same random draws, of a picture or its pixels, uint8 (3, H, W) → picture.
 
-    Modifications: torch's kernels for bytes resize instead of Pillow, in less than half the time. Their weights have
-    16 bits, Pillow's 22, so a value of the result may differ by 2.
+    Modifications: torch's uint8 kernels resize instead of Pillow, in less than half the time. Their weights have 16
+    bits, Pillow's 22, so the values of the result may differ by 2.
     """
 
     def __call__(self, image):
@@ -184,48 +180,57 @@ class FastRandomResizedCrop(RandomResizedCropAndInterpolation):
         interpolation = self.interpolation
         if isinstance(interpolation, (tuple, list)):
             interpolation = random.choice(interpolation)
-        crop = crop.unsqueeze(0).contiguous(memory_format=torch.channels_last)         # as a picture lies in memory
+        crop = crop.unsqueeze(0).contiguous(memory_format=torch.channels_last)         # as Pillow stores a picture
         return F.to_pil_image(F.resize(crop, self.size, interpolation)[0])
 
 
-def build_transform(is_train, args):
-    """Picture → uint8 (3, S, S): the DeiT recipe, or what digits bear of it.
+def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=False, *, color_jitter=0.4,
+                    aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic'):
+    """Picture → uint8 (3, S, S), by the DeiT recipe or, for digits, a gentle version of it.
 
-    Normalisation (`DeviceLoader`) and random erasing (engine.py) follow on the device.
-    """
-    size, digits = args.input_size, args.data_set == 'DIGITS'
-    small = args.data_set == 'CIFAR' and size == 32                        # stays as it is: a shift replaces the crop
-    if is_train:
-        # A digit is upright and fills its picture: no mirroring, and crops that leave it whole
-        gentle = dict(scale=(0.85, 1.), ratio=(0.95, 1.05), hflip=0.) if digits else {}
-        try:
-            transform = create_transform(
-                size, is_training=True, use_prefetcher=True, color_jitter=args.color_jitter or None,
-                auto_augment=args.aa, interpolation=args.train_interpolation, **gentle)
-        except (AssertionError, ValueError) as error:
-            raise InputError(f'--aa {args.aa} is no policy of timm: {error}') from None
-        if small:
-            transform.transforms[0] = transforms.RandomCrop(size, padding=4)
-        elif args.fast_resize:
-            crop = transform.transforms[0]
-            transform.transforms[0] = FastRandomResizedCrop(size, crop.scale, crop.ratio, args.train_interpolation)
-        return transform
-    bicubic = transforms.InterpolationMode.BICUBIC
-    resize = transforms.Resize((size, size) if digits or small else int(256 / 224 * size), bicubic)
-    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
-
-
-class DeviceLoader:
-    """The batches of a DataLoader on the device: images normalised float32 (B, 3, H, W), labels (B,).
-
-    They travel as bytes, a quarter of the size, and on a GPU beside the work that it still has to do.
-    (timm's PrefetchLoader does so too, but until lately it could overwrite a batch that was still in use, and it
-    fails on a share without samples.)
+    Normalisation (`DeviceLoader`) and random erasing (`train_one_epoch`) follow on the device.
 
     Args:
-        loader: of (uint8 images, labels), in pinned memory if the copy is to be beside other work.
+        is_train: whether to augment.
+        data_set: as in `build_dataset`.
+        input_size: S, in pixels.
+        fast_resize: `FastRandomResizedCrop` in training.
+        color_jitter, aa, train_interpolation: as in timm's `create_transform`.
+    """
+    digits = data_set == 'DIGITS'
+    unchanged = data_set == 'CIFAR' and input_size == 32                   # not resized: a shift replaces the crop
+    if not is_train:
+        size = (input_size, input_size) if digits or unchanged else int(256 / 224 * input_size)
+        resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
+        return transforms.Compose([resize, transforms.CenterCrop(input_size), transforms.PILToTensor()])
+    # A digit is upright and fills its picture: no mirroring, and crops that leave it whole
+    gentle = dict(scale=(0.85, 1.), ratio=(0.95, 1.05), hflip=0.) if digits else {}
+    try:
+        transform = create_transform(
+            input_size, is_training=True, use_prefetcher=True, color_jitter=color_jitter or None, auto_augment=aa,
+            interpolation=train_interpolation, **gentle)
+    except (AssertionError, ValueError) as error:
+        raise InputError(f'--aa {aa} is no policy of timm: {error}') from None
+    if unchanged:
+        transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
+    elif fast_resize:
+        crop = transform.transforms[0]
+        transform.transforms[0] = FastRandomResizedCrop(input_size, crop.scale, crop.ratio, train_interpolation)
+    return transform
+
+
+# --- Batches on the device ------------------------------------------------------------------------------------------
+
+class DeviceLoader:
+    """The batches of a DataLoader on the device: normalised float32 images (B, 3, H, W), labels (B,).
+
+    Images are copied as bytes, a quarter of the size, and on a GPU in parallel with its work. (timm's PrefetchLoader
+    does so too, but until recently it could overwrite a batch in use, and it fails on an empty data set.)
+
+    Args:
+        loader: yields (uint8 images, labels), in pinned memory for copies in parallel with other work.
         device: torch.device.
-        channels_last: whether the images lie in memory pixel by pixel instead of channel by channel.
+        channels_last: memory format of the images.
     """
 
     def __init__(self, loader, device, channels_last=False):
@@ -242,7 +247,7 @@ class DeviceLoader:
     def __iter__(self):
         for batch in self.loader:
             images, labels = self._to_device(batch)
-            # In the order of ToTensor and Normalize, so that the values are theirs to the last bit
+            # The operations of ToTensor and Normalize in their order, for the same values to the last bit
             images = images.to(torch.float32, memory_format=self.memory_format)
             yield images.div_(255).sub_(self.mean).div_(self.std), labels
 
@@ -254,30 +259,15 @@ class DeviceLoader:
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
         for tensor in tensors:
-            tensor.record_stream(current)              # or its memory could be taken again while it is still in use
+            tensor.record_stream(current)              # or its memory could be reused while it is still read
         return tensors
 
 
 def build_loader(dataset, sampler, batch_size, device, num_workers=0, pin_memory=True, drop_last=False,
-                 channels_last=False):
-    """The `DeviceLoader` of a data set whose images are uint8; workers stay alive from one epoch to the next."""
+                 channels_last=False, worker_init_fn=None):
+    """The `DeviceLoader` of a data set of uint8 images; its workers stay alive between epochs."""
     return DeviceLoader(
         DataLoader(dataset, batch_size, sampler=sampler, drop_last=drop_last, num_workers=num_workers,
                    persistent_workers=num_workers > 0, pin_memory=pin_memory and device.type == 'cuda',
-                   worker_init_fn=ignore_stop_signals),
+                   worker_init_fn=worker_init_fn),
         device, channels_last)
-
-
-def ignore_stop_signals(worker):
-    """Let a worker of a DataLoader go on when a scheduler signals all processes of a job: the run stops in its time."""
-    for signum in StopSignal.SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-
-
-@atexit.register
-def kill_workers():
-    """End the workers that a failed run leaves; by SIGTERM, as multiprocessing would do it, they do not end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                          # torch's handler would report their death
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()

@@ -6,13 +6,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from utils import Progress, all_reduce, autocast, broadcast, eval_mode, log, rank, seed_all, share_buffers
+from compiled_model import CompiledModel
+from distributed import all_reduce, broadcast, log, rank, share_buffers
+from logger import Progress
+from utils import autocast, eval_mode, seed_all
 
 
 def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_rate):
-    """The keep rate of training at a step, counted over the whole run (§4.1, "warmup").
+    """The keep rate at a training step, counted from the start of the run (§4.1, "warmup").
 
-    1 before `start_epoch`, then half a cosine down over `shrink_epochs`, then `base_keep_rate`.
+    It is 1 before `start_epoch`, falls along half a cosine over `shrink_epochs`, then stays at `base_keep_rate`.
     """
     start, length = start_epoch * steps_per_epoch, shrink_epochs * steps_per_epoch
     if step < start:
@@ -28,53 +31,53 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
     """Train for one epoch, or the rest of it, in the mode (train or eval) that the model is in.
 
     Args:
-        loader: of (images, labels) on the device, of those batches that are left; the images are changed in place.
+        loader: yields the remaining batches (images, labels) on the device; the images are modified in place.
         criterion: (images, outputs, labels) → loss.
-        scaler: torch.amp.GradScaler; disabled unless amp_dtype is float16.
-        keep_rate: step of the epoch → the rate passed to the model; None for a model that takes none.
-        erase: images → images, random erasing.
+        scaler: torch.amp.GradScaler, disabled unless amp_dtype is float16.
+        keep_rate: step of the epoch → keep rate for the model; None for a model without one.
+        erase: random erasing, images → images.
         mixup: (images, labels) → (mixed images, soft labels).
         model_ema: timm's ModelEmaV3.
-        accum_steps: batches whose mean gradient makes an update; of the last update of the epoch maybe fewer.
-        skip_nonfinite: how many updates in a row may be left out because a loss of theirs is not finite. If more than
-            none, each update waits for the loss.
-        state: `Progress.state_dict` of the part of the epoch that has been trained.
+        accum_steps: batches whose mean gradient makes one update; the last update of the epoch may have fewer.
+        skip_nonfinite: consecutive updates with a non-finite loss to skip before failing. If it is not 0, each update
+            waits for its loss.
+        state: `Progress.state_dict` of the part of the epoch that is done.
         after_update: called with the Progress after each update but the last.
     Returns:
-        The Progress of the epoch; its summary has mean loss and images_per_second over all processes, the last lr and
-        keep_rate, and the number of skipped_steps if there were any.
+        The Progress of the epoch. Its summary has the mean loss and images_per_second over all processes, the last lr
+        and keep_rate, and skipped_steps if there were any.
     Raises:
-        FloatingPointError: a loss is not finite; unless `skip_nonfinite`, noticed where it is logged or saved, so
-            that no step waits for the device. Or a weight, after the last step.
+        FloatingPointError: a loss is not finite, or a weight after the last step. Without `skip_nonfinite` this is
+            noticed only where the loss is logged or saved, so that no step waits for the device.
     """
     progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True, state=state)
-    broken = False                                                         # whether this update is to be left out
+    skips = False                                                          # whether this update is skipped
     for step, (images, labels) in enumerate(loader, start=progress.step):
-        # Of erasing, mixup, dropout and drop path; never 0 at the end, so this is no key of a sample (see TrainSampler)
+        # For erasing, mixup, dropout and drop path. The 1 keeps these keys apart from those of samples (TrainSampler)
         seed_all(seed, epoch, step, 1 + rank())
         if erase is not None:
             images = erase(images)
         if mixup is not None:
             images, labels = mixup(images, labels)
         rate = {} if keep_rate is None else {'keep_rate': keep_rate(step)}
-        first = step - step % accum_steps                                  # batch of this update
+        first = step - step % accum_steps                                  # first batch of this update
         batches = min(accum_steps, len(loader) - first)
-        updates = step + 1 == first + batches
-        with contextlib.nullcontext() if updates or not hasattr(model, 'no_sync') else model.no_sync():
+        is_last = step + 1 == first + batches
+        with contextlib.nullcontext() if is_last or not hasattr(model, 'no_sync') else model.no_sync():
             with autocast(device, amp_dtype):
                 loss = criterion(images, model(images, **rate), labels)
-            broken |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
-            if not broken:
+            skips |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
+            if not skips:
                 scaler.scale(loss / batches).backward()
-        progress.update(loss.detach(), len(images), counts=not broken, lr=optimizer.param_groups[0]['lr'], **rate)
-        if updates:
-            if broken:
+        progress.add_batch(loss.detach(), len(images), counts=not skips, lr=optimizer.param_groups[0]['lr'], **rate)
+        if is_last:
+            if skips:
                 optimizer.zero_grad()
                 progress.skip(skip_nonfinite)
             else:
                 update_weights(model, optimizer, scaler, clip_grad, model_ema)
                 progress.skipped_in_a_row = 0
-            broken = False
+            skips = False
             if after_update is not None and progress.step < len(loader):
                 after_update(progress)
     check_weights(model, progress.title)
@@ -82,7 +85,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
 
 
 def update_weights(model, optimizer, scaler, clip_grad, model_ema):
-    """One step of the optimizer, and of the moving average after it."""
+    """One step of the optimizer, then of the moving average."""
     if clip_grad is not None:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
@@ -94,40 +97,45 @@ def update_weights(model, optimizer, scaler, clip_grad, model_ema):
 
 
 def check_weights(model, title):
-    """Raises FloatingPointError unless all weights are finite."""
+    """Raise FloatingPointError unless all weights are finite."""
     if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
         raise FloatingPointError(f'{title} the last step left weights that are not finite; '
                                  'try a lower --lr, --clip-grad, or --amp-dtype float32')
 
 
 @torch.no_grad()
-def evaluate(model, loader, *, device, amp_dtype, sharded=False, print_freq=50, after_batch=None):
-    """Accuracy and cross entropy of a model, in eval mode, over a whole data set.
+def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False, print_freq=50, after_batch=None,
+             name='network'):
+    """Accuracy and cross entropy of a model, in eval mode, over a whole data set; prints them.
 
     Args:
-        sharded: the loader holds this process's share only, so the sums of all processes make the figures; otherwise
-            the first process's figures are those of all.
-        after_batch: called after each batch of which every process has one.
+        compiled: whether to compile the model, see CompiledModel.
+        sharded: the loader yields only this process's share, and the sums over all processes make the figures. If it
+            is False, the figures of the first process count for all.
+        after_batch: called after each batch, as long as every process has one.
+        name: what the printed line calls the model.
     Returns:
-        Dict of acc1 and acc5 in percent, loss, and the number of images they are over.
+        Dict of acc1 and acc5 in percent, loss, and the number of images.
     """
+    run = CompiledModel(model, device) if compiled else model
     totals = torch.zeros(4, dtype=torch.float64, device=device)            # correct at 1, correct at 5, loss, images
     progress = Progress('Test:', len(loader), print_freq, device)
     if sharded:
         share_buffers(model)
     common_batches = int(all_reduce(torch.tensor(len(loader), device=device), dist.ReduceOp.MIN))
-    with eval_mode(model):
+    with eval_mode(run):
         for images, labels in loader:
             with autocast(device, amp_dtype):
-                logits = model(images).float()                             # (B, C)
+                logits = run(images).float()                               # (B, C)
             loss = F.cross_entropy(logits, labels)
             correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
             totals += torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss.double() * len(images),
                                    torch.full_like(totals[3], len(images))])
-            progress.update(loss, len(images))
+            progress.add_batch(loss, len(images))
             if after_batch is not None and progress.step <= common_batches:
                 after_batch()
     correct1, correct5, loss_sum, num_images = (all_reduce(totals) if sharded else broadcast(totals)).tolist()
     acc1, acc5, loss = 100 * correct1 / num_images, 100 * correct5 / num_images, loss_sum / num_images
     log(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
+    log(f'Accuracy of the {name} on the {int(num_images)} test images: {acc1:.2f}%')
     return {'acc1': acc1, 'acc5': acc5, 'loss': loss, 'images': int(num_images)}

@@ -1,18 +1,26 @@
-"""The distillation loss of DeiT ("Training data-efficient image transformers & distillation through attention")."""
+"""The criterion: cross entropy, and the distillation loss of DeiT (arXiv:2012.12877)."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+
+def build_base_criterion(smoothing, soft_labels):
+    """Cross entropy (logits (B, C), labels) → scalar, for soft labels (B, C) or class labels (B,) to be smoothed."""
+    if soft_labels:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
 class DistillationLoss(nn.Module):
-    """A criterion, mixed with the agreement of the distillation head with a teacher.
+    """A criterion for the class head, combined with the distillation of a teacher into the distillation head.
 
     Args:
-        base_criterion: criterion(logits, labels) for the class head.
-        teacher: model of images → logits; not read where `distillation_type` is 'none'.
-        distillation_type: 'none'; 'soft', the KL divergence at temperature `tau` averaged over batch and classes;
-            'hard', the cross entropy with the teacher's decision.
-        alpha: weight of the distillation loss, 1 − alpha that of the base criterion.
+        base_criterion: (logits, labels) → loss of the class head.
+        teacher: model, images → logits; unused if `distillation_type` is 'none'.
+        distillation_type: 'none'; 'soft', the KL divergence at temperature `tau`, averaged over batch and classes;
+            'hard', the cross entropy with the class that the teacher predicts.
+        alpha: weight of the distillation loss; the base criterion has 1 − alpha.
         tau: temperature of 'soft'.
     """
 
@@ -25,7 +33,13 @@ class DistillationLoss(nn.Module):
         self.tau = tau
 
     def forward(self, images, outputs, labels):
-        """Images as the teacher sees them; outputs (class head, distillation head) of (B, C), or one; → scalar."""
+        """→ scalar.
+
+        Args:
+            images: (B, 3, H, W), for the teacher.
+            outputs: logits (B, C) of the class head and of the distillation head, or of the class head alone.
+            labels: as `base_criterion` takes them.
+        """
         outputs, outputs_kd = outputs if isinstance(outputs, tuple) else (outputs, None)
         base_loss = self.base_criterion(outputs, labels)
         if self.distillation_type == 'none':

@@ -30,23 +30,23 @@ def num_kept(num_tokens, keep_rate):
 
 
 def reorganize_tokens(tokens, scores, k, fuse=False):
-    """Keep the k highest-scored tokens; drop the others, or fuse them into one that is put last (§3.2, §3.3).
+    """Keep the k tokens with the highest scores; drop the others, or fuse them into one, placed last (§3.2, §3.3).
 
-    The fused token is the sum of score · token over the tokens not kept, with the scores as they are.
+    The fused token is the sum of score · token over the tokens that are not kept; the scores are not renormalised.
 
     Args:
-        tokens: (B, N, C), without the class token or any other protected one.
+        tokens: (B, N, C), without the class token and other protected ones.
         scores: (B, N), attention of the class token to each of them.
         k: number of tokens to keep, k < N.
         fuse: whether to append the fused token.
     Returns:
-        tokens (B, k, C), or (B, k + 1, C) with the fused one, and the kept positions (B, k), in the tokens' order.
+        tokens (B, k, C), or (B, k + 1, C) with the fused one, and their positions in the input (B, k).
     """
     idx = scores.topk(k, dim=1, sorted=False).indices                                  # (B, k)
     kept = tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))        # (B, k, C)
     if fuse:
-        # A kept token weighs nothing in the sum, so no complement of idx is needed; out of autocast,
-        # because casting every token down would cost more than this one product.
+        # Kept tokens get weight 0, which saves computing the complement of idx. Without autocast, because casting
+        # all tokens would cost more than this product saves.
         with torch.autocast(tokens.device.type, enabled=False):
             weights = scores.scatter(1, idx, 0.).to(tokens.dtype).unsqueeze(1)         # (B, 1, N)
             kept = torch.cat([kept, weights @ tokens], dim=1)                          # (B, k + 1, C)
@@ -54,15 +54,15 @@ def reorganize_tokens(tokens, scores, k, fuse=False):
 
 
 def class_attention(q, k, scale):
-    """Softmaxed attention of the class token's query to every token, averaged over heads (Eq. 2).
+    """Softmax attention of the class token to every token, averaged over heads (Eq. 2).
 
-    In float32 at least, whatever the precision around it, because it decides which tokens live. For the same reason
-    it is no matrix product, which autocast or TF32 would round: one row makes none that is worth it.
+    Computed in float32 or better, because it decides which tokens are kept. It is a sum of products instead of a matrix
+    product, which autocast or TF32 would round; for a single row that is no slower.
 
     Args:
-        q: (B, H, N, D), of which only row 0, the class token's, is read.
+        q: (B, H, N, D); only row 0, the class token's query, is read.
         k: (B, H, N, D).
-        scale: factor on the product, 1/√D.
+        scale: factor of the product, 1/√D.
     Returns:
         (B, N); each row sums to 1.
     """
@@ -71,10 +71,10 @@ def class_attention(q, k, scale):
 
 
 class ScoringAttention(Attention):
-    """timm's Attention that can also tell how much the class token attends to each token.
+    """timm's Attention that can also return how much the class token attends to each token.
 
-    Modifications: the output always comes from scaled_dot_product_attention; with `return_scores`, the class
-    token's attention row is computed beside it, never the (N, N) matrix.
+    Modifications: always uses scaled_dot_product_attention; with `return_scores`, the class token's row of the
+    attention is computed in addition, never the (N, N) matrix.
     """
 
     def __init__(self, *args, **kwargs):
@@ -95,7 +95,7 @@ class ScoringAttention(Attention):
 
 
 class InplaceGELU(nn.GELU):
-    """nn.GELU that overwrites its input where no gradient needs it: the hidden layer of an MLP is there once."""
+    """nn.GELU, in place if no gradient needs the input: the hidden layer of an MLP is then in memory once."""
 
     def forward(self, x):
         return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
@@ -104,9 +104,9 @@ class InplaceGELU(nn.GELU):
 class EViTBlock(Block):
     """timm's Block that can reorganise its tokens between attention and MLP.
 
-    Modifications: GELU in place; `keep_rate`, `fuse_token` and `num_prefix_tokens`, which the model sets. The prefix
-    tokens (class, distillation, registers) are protected: never candidates, never dropped. A block whose rate keeps all
-    tokens computes what timm's block does.
+    Modifications: GELU in place; `keep_rate`, `fuse_token` and `num_prefix_tokens`, which the model sets. Prefix tokens
+    (class, distillation, registers) are protected: they are never dropped or fused. A block that keeps all tokens
+    computes the same as timm's.
     """
 
     def __init__(self, *args, **kwargs):
@@ -121,9 +121,9 @@ class EViTBlock(Block):
         """(B, P + N, C) → (B, P + k [+ 1], C) with P protected tokens.
 
         Args:
-            keep_rate: share of the N tokens to keep; the block's own rate if None.
-            tokens: their number k instead.
-            get_idx: whether to return the kept positions (B, k) too, None where nothing was dropped.
+            keep_rate: fraction of the N tokens to keep; None for the block's own rate.
+            tokens: number of tokens k to keep, instead of a rate.
+            get_idx: also return the kept positions (B, k), None if all tokens were kept.
         """
         num_tokens = x.shape[1] - self.num_prefix_tokens
         k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate) if tokens is None else tokens
@@ -140,11 +140,11 @@ class EViTBlock(Block):
 
 
 class TokenReorganization:
-    """What an EViT adds to one of timm's vision transformers; mixed in before it.
+    """Mixin that adds token reorganisation to a timm vision transformer.
 
     Args:
-        base_keep_rate: share of tokens that a reorganising block keeps, in (0, 1].
-        drop_loc: the blocks that reorganise, 0-based.
+        base_keep_rate: fraction of tokens that a reorganising block keeps, in (0, 1].
+        drop_loc: numbers of the reorganising blocks, from 0.
         fuse_token: fuse the other tokens into one instead of dropping them.
     Raises:
         ValueError: a rate or a block number is out of range, or the model has no class token.
@@ -157,7 +157,7 @@ class TokenReorganization:
         if not all(0 <= i < len(self.blocks) for i in drop_loc):
             raise ValueError(f'drop_loc {tuple(drop_loc)} names a block outside 0 to {len(self.blocks) - 1}')
         if not self.has_class_token:
-            raise ValueError('without a class token there is no attention of it to rank tokens by')
+            raise ValueError('the model has no class token, whose attention ranks the tokens')
         self.base_keep_rate = base_keep_rate
         self.drop_loc = tuple(drop_loc)
         for i, block in enumerate(self.blocks):
@@ -170,26 +170,26 @@ class TokenReorganization:
 
         Args:
             x: images (B, 3, H, W).
-            keep_rate: None for each block's own rate; a number for the `drop_loc` blocks (1 or more: nothing is
-                reorganised); or a rate for each of the `depth` blocks.
-            tokens: instead of a rate, how many tokens each of the `depth` blocks keeps, None for all (`token_counts`).
-                Of whole numbers a compiled model makes one graph, of rates a graph for each.
-            get_idx: whether to return the kept positions too.
+            keep_rate: None for each block's own rate; a number for the `drop_loc` blocks (1 or more keeps all
+                tokens); or a sequence with a rate for each of the `depth` blocks.
+            tokens: how many tokens each of the `depth` blocks keeps, None for all (see `token_counts`), instead of a
+                rate. A compiled model needs one graph for all integers, but a graph for each rate.
+            get_idx: also return the kept positions.
         Returns:
-            logits (B, num_classes); with `get_idx`, (logits, [(B, k) of each reorganising block]), positions in
-            that block's input without the protected tokens. Kept tokens stand in that order and a fused token
-            last, so that the stages compose.
+            logits (B, num_classes); with `get_idx`, (logits, [(B, k) for each reorganising block]). Positions count the
+            tokens of the block's input without the protected ones. The output has the kept tokens in the order of
+            these positions, then the fused token, so that positions of successive blocks compose.
         """
         x, kept = self.forward_tokens(x, keep_rate, tokens)
         logits = self.forward_head(x)
         return (logits, kept) if get_idx else logits
 
     def forward_features(self, x, keep_rate=None):
-        """Images (B, 3, H, W) → the normalised tokens that are left (B, P + n, C)."""
+        """Images (B, 3, H, W) → the remaining tokens (B, P + n, C), normalised."""
         return self.forward_tokens(x, keep_rate)[0]
 
     def forward_tokens(self, x, keep_rate=None, tokens=None):
-        """Images (B, 3, H, W) → tokens (B, P + n, C), [kept positions (B, k) of each reorganising block]."""
+        """Images (B, 3, H, W) → tokens (B, P + n, C), [kept positions (B, k) for each reorganising block]."""
         x = self._pos_embed(self.patch_embed(x))                                       # (B, P + N, C)
         x = self.norm_pre(self.patch_drop(x))
         kept = []
@@ -202,13 +202,13 @@ class TokenReorganization:
         return self.norm(x), kept
 
     def forward_intermediates(self, x, indices=None, *args, output_fmt='NCHW', **kwargs):
-        """timm's, each block at its own rate; ValueError for the format of a grid where tokens are dropped."""
+        """timm's, with each block at its own rate; ValueError for output_fmt='NCHW' if tokens are dropped."""
         if output_fmt == 'NCHW' and min(self.block_keep_rates()) < 1:
-            raise ValueError("tokens that are left make no grid; ask for output_fmt='NLC', or set the keep rate to 1")
+            raise ValueError("the remaining tokens form no grid; use output_fmt='NLC' or a keep rate of 1")
         return super().forward_intermediates(x, indices, *args, output_fmt=output_fmt, **kwargs)
 
     def block_keep_rates(self, keep_rate=None):
-        """The rate of each block for a call with `keep_rate`, as `forward` describes it; ValueError if it is none."""
+        """The rate of each block for the `keep_rate` of `forward`; ValueError if it is not valid."""
         if keep_rate is None:
             return [block.keep_rate for block in self.blocks]
         if not hasattr(keep_rate, '__len__'):
@@ -218,9 +218,9 @@ class TokenReorganization:
         return keep_rate
 
     def token_counts(self, keep_rate=None):
-        """How many tokens each block keeps of an image of the model's size, as `tokens` of `forward` takes them.
+        """How many tokens each block keeps of an image of the model's input size, None for all of them.
 
-        `keep_rate` as in `forward`; None where a block keeps all.
+        `keep_rate` is as in `forward`, the result as its `tokens`.
         """
         counts, num_tokens = [], self.patch_embed.num_patches
         for block, rate in zip(self.blocks, self.block_keep_rates(keep_rate)):
@@ -230,7 +230,7 @@ class TokenReorganization:
         return tuple(counts)
 
     def set_input_size(self, img_size=None, patch_size=None):
-        """timm's, but for the position embedding, which is resized as at load (`resize_pos_embed`)."""
+        """timm's, but the position embedding is resized as on loading a checkpoint (`resize_pos_embed`)."""
         pos_embed, grid_size = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(img_size, patch_size)
         if self.patch_embed.grid_size != grid_size:
@@ -243,13 +243,13 @@ class EViT(TokenReorganization, VisionTransformer):
 
 
 class EViTDistilled(TokenReorganization, VisionTransformerDistilled):
-    """A DeiT with a distillation token, protected like the class token, that reorganises its tokens."""
+    """A DeiT with a distillation token, which is protected, that reorganises its tokens."""
 
 
 def resize_pos_embed(pos_embed, model, grid_size=None):
-    """Fit a position embedding (1, P + N, C) to the grid of `model`: bicubic, without antialiasing, as DeiT and EViT.
+    """Resize a position embedding (1, P + N, C) to the grid of `model`: bicubic without antialiasing, as in DeiT.
 
-    `grid_size` is the (rows, columns) that it was made for, a square if None.
+    `grid_size` is its present grid (rows, columns), a square if None.
     """
     num_prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens
     return resample_abs_pos_embed(pos_embed, model.patch_embed.grid_size, grid_size, num_prefix_tokens, antialias=False)
@@ -257,7 +257,7 @@ def resize_pos_embed(pos_embed, model, grid_size=None):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A registered model: a DeiT's size, with its distillation token or not, its input size and its keep rate."""
+    """A registered model: size of the DeiT, whether it has a distillation token, input size in pixels, keep rate."""
     size: str
     distilled: bool = False
     img_size: int = 224
@@ -283,7 +283,7 @@ VARIANTS = {
 
 
 def _pretrained_cfg(variant):
-    """timm's entry for the DeiT that a variant starts from, whose weights `pretrained=True` loads."""
+    """timm's entry for the DeiT of a variant, whose weights `pretrained=True` loads."""
     deit = get_pretrained_cfg(f'deit_{variant.size}{"_distilled" if variant.distilled else ""}_patch16_224')
     return dataclasses.replace(deit, input_size=(3, variant.img_size, variant.img_size))
 

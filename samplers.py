@@ -1,4 +1,4 @@
-"""Which sample a process sees, when."""
+"""Which sample each process sees at which position."""
 from itertools import islice
 
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -6,22 +6,21 @@ from torch.utils.data import DistributedSampler, Sampler
 
 
 class TrainSampler(Sampler):
-    """A process's share of one epoch, each sample with the key that its augmentation is drawn from.
+    """A process's share of an epoch; yields (index, key) for a `SeededDataset`.
 
-    Yields (index, key) with key = (seed, epoch, position in the epoch over all processes), for a `SeededDataset`.
-    A single process is the case num_replicas = 1.
+    The key is (seed, epoch, position in the epoch over all processes). A single process is the case num_replicas = 1.
 
     Args:
-        dataset: of which only the length is read.
-        num_replicas, rank: number of processes, and of this one.
-        seed: of the run.
-        repeated_aug: each image three times in an epoch a third as varied, the copies spread over the processes
-            (repeated augmentation, as DeiT has it); else each image once.
+        dataset: only its length is read.
+        num_replicas, rank: number of processes, and number of this one.
+        seed: seed of the run.
+        repeated_aug: each image three times per epoch, which covers a third of the images, with the copies spread over
+            the processes (repeated augmentation, as in DeiT); otherwise each image once.
     """
 
     def __init__(self, dataset, num_replicas, rank, seed=0, repeated_aug=False):
         if repeated_aug:
-            # DeiT rounds an epoch down to a multiple of 256 images, which would leave a small data set none
+            # DeiT rounds an epoch down to a multiple of 256 images, which would be 0 for a small data set
             selected_round = 256 if len(dataset) >= 256 else 0
             self.order = RepeatAugSampler(dataset, num_replicas, rank, selected_round=selected_round)
         else:
@@ -30,7 +29,7 @@ class TrainSampler(Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch, start=0):
-        """Go over to an epoch, of which this process's first `start` samples are left out, because it had them."""
+        """Start an epoch without this process's first `start` samples, which it has seen before (see `Trainer`)."""
         self.epoch, self.start = epoch, start
         self.order.set_epoch(self.seed + epoch)
 
@@ -43,9 +42,9 @@ class TrainSampler(Sampler):
 
 
 class EvalSampler(Sampler):
-    """A process's share of a data set, every sample in one process only, whatever the sizes.
+    """A process's share of a data set; every sample is in exactly one share.
 
-    (torch's DistributedSampler evens the shares out by counting samples twice.)
+    (torch's DistributedSampler repeats samples to make the shares equal.)
     """
 
     def __init__(self, dataset, num_replicas, rank):

@@ -1,12 +1,12 @@
-"""What a model looks at, as pictures: from kept positions back to image patches, and from those to files.
+"""From kept positions back to image patches, then to pictures.
 
-`observe` notes what a model does with images, `mask_images` and `attention_images` draw that, and `draw_sheets` puts it
-on two sheets. `kept_patches` and `mask_images` are all that it takes in a notebook::
+`observe` records what a model does with images, `mask_images` and `attention_images` draw it, `draw_sheets` arranges it
+on two sheets. In a notebook, `kept_patches` and `mask_images` are enough::
 
     masks = kept_patches(model, images)                                    # (B, stages, rows, cols)
     pictures = mask_images(images, masks, model.patch_embed.patch_size)    # (B, stages, 3, H, W)
 
-A stage is a reorganising block, one that keeps all of its tokens at rate 1 too.
+A stage is a reorganising block, even if it keeps all of its tokens at rate 1.
 """
 import bisect
 import contextlib
@@ -25,8 +25,8 @@ from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 from utils import eval_mode
 
 SHEET_WIDTH = 1680     # pixels at most, unless the headers of very many stages need more
-SHEET_IMAGES = 128     # more than these would make a sheet that no one can look through
-HEAT = (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)       # viridis, from least to most
+SHEET_IMAGES = 128     # images at most, to keep a sheet readable
+HEAT = (68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)       # viridis, lowest to highest
 ABSENT = 0.9           # light grey
 
 
@@ -35,14 +35,14 @@ ABSENT = 0.9           # light grey
 def patches_of_tokens(kept, batch_size, num_patches, device=None):
     """The patch of each token before the first stage and after each stage: [(B, n)], one more than there are stages.
 
-    A stage numbers the tokens that the stage before it left: the kept ones in the order of their positions, then the
-    fused one where there is one. A fused token is given the number after the last patch, so that it stands for none
-    wherever it goes; without fusing no position refers to it.
+    The positions of a stage number the tokens that the stage before it output: the kept ones in the order of their
+    positions, then the fused one, if any. A fused token gets the number after the last patch, which stands for no
+    patch in later stages; without fusing, no position refers to it.
 
     Args:
-        kept: [(B, k) of each stage], the positions kept among the stage's input without the protected tokens; None
+        kept: [(B, k) for each stage], the positions kept among the stage's input without the protected tokens; None
             for a stage that kept all.
-        batch_size, num_patches, device: known even if there is no stage.
+        batch_size, num_patches, device: of the result, also without any stage.
     """
     patches = [torch.arange(num_patches, device=device).expand(batch_size, -1)]        # (B, N)
     for idx in kept:
@@ -51,7 +51,7 @@ def patches_of_tokens(kept, batch_size, num_patches, device=None):
 
 
 def compose_positions(kept, batch_size, num_patches, device=None):
-    """Which patches of the image still have their own token after each stage: bool (B, stages, num_patches).
+    """Which image patches still have their own token after each stage: bool (B, stages, num_patches).
 
     The arguments are those of `patches_of_tokens`.
     """
@@ -64,9 +64,12 @@ def compose_positions(kept, batch_size, num_patches, device=None):
 class Observation(NamedTuple):
     """What a model did with a batch of images.
 
-    `blocks`: the stages, as numbers of blocks from 0. `kept`: bool (B, stages, rows, cols), the patches that have
-    their own token after the stage. `attention`: float32 (B, stages, rows, cols), the class token's attention to each
-    patch in the stage, NaN where the patch had no token of its own any more. `logits`: (B, classes).
+    Attributes:
+        blocks: the stages, as block numbers from 0.
+        kept: bool (B, stages, rows, cols), the patches that have their own token after the stage.
+        attention: float32 (B, stages, rows, cols), the class token's attention to each patch in the stage, NaN where
+            the patch no longer had a token of its own.
+        logits: (B, classes).
     """
     blocks: list
     kept: torch.Tensor
@@ -76,9 +79,9 @@ class Observation(NamedTuple):
 
 @torch.no_grad()
 def observe(model, images, keep_rate=None):
-    """Classify images and note what the model keeps and attends to on the way: → Observation, on the images' device.
+    """Classify images and record what the model keeps and attends to; → Observation, on the images' device.
 
-    The model is in evaluation mode meanwhile, whatever mode it is in.
+    The model runs in eval mode; its mode is restored.
 
     Args:
         model: an EViT, not wrapped.
@@ -89,7 +92,7 @@ def observe(model, images, keep_rate=None):
     kept, scores = [], []
     with eval_mode(model), contextlib.ExitStack() as hooks:
         for block in (model.blocks[i] for i in blocks):
-            # Computed again, because a block that keeps all of its tokens asks for no scores
+            # Computed once more, because a block that keeps all of its tokens computes no scores
             hooks.enter_context(block.attn.register_forward_hook(
                 lambda attn, args, _: scores.append(attn.forward(args[0], return_scores=True)[1])))
             hooks.enter_context(block.register_forward_hook(lambda _, args, output: kept.append(output[1])))
@@ -105,7 +108,7 @@ def observe(model, images, keep_rate=None):
 
 
 def kept_patches(model, images, keep_rate=None):
-    """Which patches a model still has after each stage: bool (B, stages, rows, cols), of `observe`'s arguments."""
+    """Which patches a model still has after each stage: bool (B, stages, rows, cols). Arguments as in `observe`."""
     return observe(model, images, keep_rate).kept
 
 
@@ -118,13 +121,13 @@ def denormalize(images, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
 
 
 def to_pixels(grid, patch_size, size):
-    """Spread (…, rows, cols) over the patches of images of `size`: (…, H, W).
+    """Expand (…, rows, cols) to the pixels of the patches, in images of `size`: (…, H, W).
 
-    Pixels at the right and the bottom that make no whole patch get 0, as the model does not see them.
+    Pixels at the right and the bottom that fill no whole patch get 0, as the model does not see them.
     """
     height, width = patch_size
     grid = repeat(grid, '... rows cols -> ... (rows height) (cols width)', height=height, width=width)
-    # Pads where patches end before the image does, and crops where the model padded the image to whole patches.
+    # Pad if the patches end before the image; crop if the model padded the image to whole patches
     return F.pad(grid, (0, size[1] - grid.shape[-1], 0, size[0] - grid.shape[-2]))
 
 
@@ -143,9 +146,9 @@ def mask_images(images, masks, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGE
 
 
 def attention_images(images, attention, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
-    """Heat maps of the class token's attention over the greyed images, from violet over green to yellow.
+    """Heat maps of the class token's attention over the grey images, from violet over green to yellow.
 
-    Each map has its own scale, from its least to its largest value. Patches that the stage did not see are plain grey.
+    Each map is scaled from its lowest to its highest value. Patches that the stage did not see are plain grey.
 
     Args:
         attention: (B, stages, rows, cols), NaN where a patch was not seen.
@@ -196,46 +199,49 @@ def save_masked(model, images, indices, output_dir, keep_rate=None,
 
 
 def save_jpeg(picture, path):
-    """Write a picture (3, H, W) in [0, 1]; colour at full resolution, so that none bleeds into black patches."""
+    """Write a picture (3, H, W) in [0, 1]; without chroma subsampling, which would bleed into black patches."""
     to_pil_image(to_bytes(picture)).save(path, quality=95, subsampling=0)
 
 
 # --- Sheets ---------------------------------------------------------------------------------------------------------
 
 def draw_sheets(model, batches, classes, keep_rate=None, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
-    """Two sheets, of what the model keeps and of what it attends to, with the true and the predicted classes.
+    """Two sheets, the kept patches and the class token's attention, with the true and the predicted classes.
+
+    The state of torch's CPU generator does not change.
 
     Args:
         model, keep_rate: as in `observe`.
         batches: iterable of (images, labels), (B, 3, H, W) as in `observe` and (B,).
-        classes: names, by label.
-        mean, std: what the images were normalised with.
+        classes: names by label.
+        mean, std: normalisation of the images.
     Returns:
-        Two PIL images as `contact_sheet` draws them: columns "input image", and each stage by its block, from 1.
+        Two PIL images as `contact_sheet` draws them, with a column for the input and one per stage ("layer", from 1).
     """
     grid, attention, captions = [], [], []
-    for images, labels in batches:
-        seen = observe(model, images, keep_rate)
-        settings = model.patch_embed.patch_size, mean, std
-        inputs = denormalize(images, mean, std).unsqueeze(1)
-        for rows, stages in ((grid, mask_images(images, seen.kept, *settings)),
-                             (attention, attention_images(images, seen.attention, *settings))):
-            rows += to_bytes(torch.cat([inputs, stages], dim=1))
-        captions += [(f'true: {classes[label]}', f'predicted: {classes[guess]}')
-                     for label, guess in zip(labels.tolist(), seen.logits.argmax(1).tolist())]
+    with torch.random.fork_rng(devices=[]):                                # a DataLoader draws a seed for its workers
+        for images, labels in batches:
+            seen = observe(model, images, keep_rate)
+            settings = model.patch_embed.patch_size, mean, std
+            inputs = denormalize(images, mean, std).unsqueeze(1)
+            for rows, stages in ((grid, mask_images(images, seen.kept, *settings)),
+                                 (attention, attention_images(images, seen.attention, *settings))):
+                rows += to_bytes(torch.cat([inputs, stages], dim=1))
+            captions += [(f'true: {classes[label]}', f'predicted: {classes[guess]}')
+                         for label, guess in zip(labels.tolist(), seen.logits.argmax(1).tolist())]
     headers = ['input image', *(f'layer {block + 1}' for block in seen.blocks)]
     return contact_sheet(grid, headers, captions), contact_sheet(attention, headers, captions)
 
 
 def contact_sheet(rows, headers, captions):
-    """Rows of pictures under their headers, each with its lines of caption below; several side by side from 5 on.
+    """Rows of pictures under column headers, each with a caption below; from 5 rows on, several side by side.
 
-    Small pictures are enlarged by a whole factor, large ones reduced, so that the sheet is not wider than SHEET_WIDTH.
+    Small pictures are enlarged by an integer factor, large ones reduced, to fit the sheet into SHEET_WIDTH.
 
     Args:
-        rows: [uint8 (columns, 3, H, W)], one for each image, at least one.
-        headers: a text for each column.
-        captions: for each row, its lines, shortened where they are wider than the row.
+        rows: [uint8 (columns, 3, H, W)], one per image, at least one.
+        headers: a text per column.
+        captions: for each row its lines, shortened if they are wider than the row.
     Returns:
         RGB PIL image.
     """
@@ -264,14 +270,14 @@ def contact_sheet(rows, headers, captions):
 
 
 def fit(width, height, cell):
-    """The size of a picture in a square of `cell` pixels: enlarged by a whole factor, or reduced."""
+    """The size of a picture in a square of `cell` pixels: enlarged by an integer factor, or reduced."""
     larger = max(width, height)
     factor = cell // larger if larger <= cell else cell / larger
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def shorten(text, font, width):
-    """The text in Pillow's own letters, ASCII without accents, and with an ellipsis if it is wider than `width`."""
+    """The text in ASCII, the letters of Pillow's font, with an ellipsis if it is wider than `width` pixels."""
     letters = (letter for letter in unicodedata.normalize('NFKD', text) if not unicodedata.combining(letter))
     text = ''.join(letter if letter.isascii() else '?' for letter in letters)
     if font.getlength(text) > width:

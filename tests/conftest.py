@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 # Settings under which a training step of the tiny model takes milliseconds
 TINY = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--input-size', '32', '--batch-size', '64',
         '--warmup-epochs', '0', '--shrink_start_epoch', '0', '--lr', '2.4e-3', '--num_workers', '0', '--device', 'cpu']
+PLAIN = [*TINY, '--mixup', '0', '--cutmix', '0', '--aa=', '--color-jitter', '0', '--reprob', '0', '--print-freq', '10']
 
 
 def pytest_configure(config):
@@ -73,6 +75,19 @@ def run_main(*arguments, processes=0, check=True):
     return done
 
 
+@pytest.fixture(scope='session')
+def digits_run(tmp_path_factory):
+    """A process that trained on the digits for an epoch, and its output folder."""
+    folder = tmp_path_factory.mktemp('digits')
+    return run_main(*PLAIN, '--epochs', '1', '--output_dir', folder), folder
+
+
+def open_picture(path):
+    """A picture as int (H, W, 3)."""
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture)).int()
+
+
 @pytest.fixture(scope='module')
 def one_thread():
     """Models this small are slower on several threads, by far where the cores are shared."""
@@ -107,7 +122,6 @@ def compiled_graphs(monkeypatch, request):
 @pytest.fixture(scope='session')
 def image_folder(tmp_path_factory):
     """A tree of 3 classes, 24 training and 9 validation images, in which the colour tells the class."""
-    from PIL import Image
     root = tmp_path_factory.mktemp('tree')
     generator = np.random.RandomState(0)
     for split, number in (('train', 8), ('val', 3)):

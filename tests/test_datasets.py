@@ -14,9 +14,9 @@ from torchvision.datasets import ImageFolder
 
 import folder2lmdb
 from datasets import (DeviceLoader, Digits, INaturalist, SeededDataset, build_dataset, build_loader, build_transform,
-                      check_same_classes, decode_pixels, load_image)
-from folder2lmdb import decode_picture
-from main import parse_args
+                      check_same_classes, spread)
+from decoding import decode_picture, decode_pixels, load_image
+from loader_benchmark import plain_transform
 from samplers import EvalSampler, TrainSampler
 from utils import DataError, InputError
 
@@ -24,7 +24,7 @@ CPU = torch.device('cpu')
 PHOTO = load_sample_image('china.jpg')[:375, :500]
 
 
-def test_digits_are_split_once_and_whole():
+def test_digits():
     train, val = Digits(train=True), Digits(train=False)
     assert (len(train), len(val)) == (1437, 360)
     pixels = sorted(image.tobytes() for image in (*train.images, *val.images))
@@ -63,8 +63,8 @@ def test_inaturalist(inat):
 
 
 def test_image_folder(image_folder):
-    args = parse_args(['--data-path', str(image_folder), '--input-size', '32'])
-    train, val = build_dataset(True, args), build_dataset(False, args)
+    train, val = (build_dataset(is_train, data_set='IMNET', data_path=image_folder, input_size=32)
+                  for is_train in (True, False))
     assert train.classes == val.classes == ['blue', 'green', 'red'] and (len(train), len(val)) == (24, 9)
     image, label = val[0]
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and label == 0
@@ -77,7 +77,7 @@ def test_image_folder(image_folder):
 
 @pytest.mark.parametrize('wrong', [{'genus': None}, {'annotations': 3}, {'images': [{'file_name': 'a/b.jpg'}]},
                                    {'images': [{'file_name': 'a/b/77/c.jpg'}]}])
-def test_odd_annotations_of_inaturalist_are_named(wrong, inat):
+def test_wrong_annotations_of_inaturalist(wrong, inat):
     path = inat / ('categories.json' if 'genus' in wrong else 'train2018.json')
     content = json.loads(path.read_text())
     path.write_text(json.dumps([{'id': 7, 'name': 'b b'}] if 'genus' in wrong else content | wrong))
@@ -88,14 +88,13 @@ def test_odd_annotations_of_inaturalist_are_named(wrong, inat):
         INaturalist(inat, True, 2018)
 
 
-def test_cifar_stays_as_it_is_at_its_own_size():
-    flags = ['--data-set', 'CIFAR', '--data-path', '.', '--aa', '', '--color-jitter', '0']
+def test_cifar_at_its_own_size():
+    transform = partial(build_transform, data_set='CIFAR', aa='', color_jitter=0)
     picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (32, 32, 3), dtype=np.uint8))
-    args = parse_args([*flags, '--input-size', '32'])
-    assert np.array_equal(build_transform(False, args)(picture).permute(1, 2, 0), picture)
-    shifted = {build_transform(True, args)(picture)[:, :, -1].sum().item() for _ in range(8)}
-    assert len(shifted) > 1 and build_transform(True, args)(picture).shape == (3, 32, 32)
-    assert build_transform(False, parse_args([*flags, '--input-size', '64']))(picture).shape == (3, 64, 64)
+    assert np.array_equal(transform(False, input_size=32)(picture).permute(1, 2, 0), picture)
+    shifted = {transform(True, input_size=32)(picture)[:, :, -1].sum().item() for _ in range(8)}
+    assert len(shifted) > 1 and transform(True, input_size=32)(picture).shape == (3, 32, 32)
+    assert transform(False, input_size=64)(picture).shape == (3, 64, 64)
 
 
 def normalized(images):
@@ -105,9 +104,9 @@ def normalized(images):
     return batch
 
 
-def test_validation_is_resize_and_centre_crop():
+def test_validation_transform():
     pixels = np.random.RandomState(0).randint(0, 256, (60, 90, 3), dtype=np.uint8)
-    image = build_transform(False, parse_args(['--data-path', '.', '--input-size', '56']))(Image.fromarray(pixels))
+    image = build_transform(False, 'IMNET', 56)(Image.fromarray(pixels))
     resized = Image.fromarray(pixels).resize((96, 64), Image.BICUBIC)            # 64 = 256 / 224 · 56
     crop = np.asarray(resized)[4:60, 20:76] / 255
     expected = (crop - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -131,7 +130,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize('name', IMAGES)
-def test_decoded_pixels_are_those_of_pillow(name):
+def test_decoded_pixels_equal_pillow(name):
     pixels = decode_pixels(IMAGES[name], lambda: name)
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 375, 500)
     assert np.array_equal(pixels.permute(1, 2, 0), decode_picture(IMAGES[name], lambda: name))
@@ -139,7 +138,7 @@ def test_decoded_pixels_are_those_of_pillow(name):
 
 @pytest.mark.parametrize('data', [b'', b'text', IMAGES['JPEG 4:2:0'][:9000], IMAGES['progressive'][:100],
                                   b'\xff\xd8\xff' + bytes(99)])
-def test_what_does_not_decode_is_named(data, tmp_path):
+def test_broken_images(data, tmp_path):
     path = tmp_path / 'a.jpg'
     path.write_bytes(data)
     for decode in (decode_picture, decode_pixels):
@@ -149,29 +148,28 @@ def test_what_does_not_decode_is_named(data, tmp_path):
         load_image(tmp_path / 'b.jpg')
 
 
-@pytest.mark.parametrize('flags', [[], ['--train-interpolation', 'random'], ['--aa', '', '--color-jitter', '0.4']],
+@pytest.mark.parametrize('options', [{}, {'train_interpolation': 'random'}, {'aa': ''}],
                          ids=['DeiT', 'random interpolation', 'colour jitter'])
-def test_training_images_are_those_of_the_plain_transform(flags):
+def test_training_images_equal_the_plain_transform(options):
     """From the same draws, to the last bit."""
-    args = parse_args(['--data-path', '.', '--input-size', '96', *flags])
-    plain = create_transform(96, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
-                             interpolation=args.train_interpolation)
+    recipe = dict(color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic') | options
+    plain = create_transform(96, is_training=True, color_jitter=recipe['color_jitter'], auto_augment=recipe['aa'],
+                             interpolation=recipe['train_interpolation'])
 
     def drawn(transform, seed):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         return transform(decode_picture(IMAGES['JPEG 4:2:0'], None))
 
-    ours = build_transform(True, args)
+    ours = build_transform(True, 'IMNET', 96, **options)
     for seed in range(40):
         assert torch.equal(normalized([drawn(ours, seed)])[0], drawn(plain, seed))
 
 
 @pytest.mark.parametrize('decode', [decode_picture, decode_pixels])
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
-def test_fast_resize_differs_by_2_of_255_at_most(interpolation, decode):
-    flags = ['--data-path', '.', '--input-size', '96', '--aa', '', '--color-jitter', '0', '--train-interpolation',
-             interpolation]
-    exact, fast = (build_transform(True, parse_args([*flags, *more])) for more in ([], ['--fast-resize']))
+def test_fast_resize_within_2_of_255(interpolation, decode):
+    exact, fast = (build_transform(True, 'IMNET', 96, fast_resize, aa='', color_jitter=0,
+                                   train_interpolation=interpolation) for fast_resize in (False, True))
     pictures, differences = [read(IMAGES['JPEG 4:2:0'], None) for read in (decode_picture, decode)], []
     for seed in range(40):
         images = []
@@ -201,9 +199,9 @@ def batches(dataset, num_workers, epoch):
     return [images for images, _ in build_loader(SeededDataset(dataset), sampler, 10, CPU, num_workers)]
 
 
-@pytest.mark.parametrize('flags', [[], ['--fast-resize']], ids=['exact', 'fast'])
-def test_augmentation_is_a_function_of_seed_epoch_and_position(flags, photos):
-    dataset = build_dataset(True, parse_args(['--data-path', str(photos), '--input-size', '32', *flags]))
+@pytest.mark.parametrize('fast_resize', [False, True], ids=['exact', 'fast'])
+def test_augmentation_is_a_function_of_seed_epoch_and_position(fast_resize, photos):
+    dataset = build_dataset(True, data_set='IMNET', data_path=photos, input_size=32, fast_resize=fast_resize)
     alone, two, four, next_epoch = (batches(dataset, *run) for run in ((0, 0), (2, 0), (4, 0), (0, 1)))
     assert len(alone) == 3
     for a, b, c, d in zip(alone, two, four, next_epoch, strict=True):
@@ -213,10 +211,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_position(flags, photos):
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])
-def test_validation_batches_are_those_of_the_plain_pipeline(num_workers, photos):
-    args = parse_args(['--data-path', str(photos), '--input-size', '96'])
-    dataset = build_dataset(False, args)
-    from speed_test import plain_transform
+def test_validation_batches_equal_the_plain_pipeline(num_workers, photos):
+    dataset = build_dataset(False, data_set='IMNET', data_path=photos, input_size=96)
     plain = torch.stack([image for image, _ in ImageFolder(photos / 'val', plain_transform(False, 96))])
     loader = build_loader(dataset, EvalSampler(dataset, 1, 0), 8, CPU, num_workers)
     for _ in range(2):                                                           # workers stay for the second epoch
@@ -225,7 +221,7 @@ def test_validation_batches_are_those_of_the_plain_pipeline(num_workers, photos)
         assert torch.equal(torch.cat([images for images, _ in ours]), plain)
 
 
-def test_loaders_keep_their_workers_and_pin_for_a_gpu(monkeypatch):
+def test_loader_settings(monkeypatch):
     monkeypatch.setattr('datasets.DeviceLoader', lambda loader, *_: loader)
     dataset, cuda = Digits(False), torch.device('cuda')
     assert build_loader(dataset, None, 8, CPU, num_workers=1).persistent_workers
@@ -233,33 +229,37 @@ def test_loaders_keep_their_workers_and_pin_for_a_gpu(monkeypatch):
             for options in ((cuda,), (cuda, 0, False), (CPU,))] == [True, False, False]
 
 
-def test_torch_decodes_for_the_fast_resize_alone(photos):
+def test_decoder_of_each_data_set(photos):
     folder2lmdb.convert(str(photos / 'train'), str(photos / 'train.lmdb'))
-    for is_train, flags, expected in ((True, ['--fast-resize'], decode_pixels), (True, [], decode_picture),
-                                      (False, ['--fast-resize'], decode_picture)):
-        tree = build_dataset(is_train, parse_args(['--data-path', str(photos), *flags]))
-        assert tree.loader.keywords == {'decode': expected}
+    for is_train, fast_resize, expected in ((True, True, decode_pixels), (True, False, decode_picture),
+                                            (False, True, decode_picture)):
+        build = partial(build_dataset, is_train, data_set='IMNET', data_path=photos, fast_resize=fast_resize)
+        assert build().loader.keywords == {'decode': expected}
         if is_train:
-            args = parse_args(['--data-path', str(photos), '--use-lmdb', *flags])
-            assert build_dataset(True, args).decode is expected
+            assert build(use_lmdb=True).decode is expected
 
 
-def test_channels_last_batches_hold_the_same_values():
-    loaders = [build_loader(Digits(False, build_transform(False, parse_args(['--input-size', '32']))), None, 8, CPU,
+def test_channels_last_batches():
+    loaders = [build_loader(Digits(False, build_transform(False, 'DIGITS', 32)), None, 8, CPU,
                             channels_last=channels_last) for channels_last in (False, True)]
     for (plain, _), (images, _) in zip(*loaders, strict=True):
         assert torch.equal(images, plain)
         assert plain.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_share_without_samples_gives_no_batch():
+def test_spread_over_the_whole_data_set():
+    assert [spread(range(9), number).indices for number in (1, 3, 8, 9, 20)] == [
+        [0], [0, 3, 6], [0, 1, 2, 3, 4, 5, 6, 7], list(range(9)), list(range(9))]
+
+
+def test_empty_share():
     dataset = Digits(False)
     assert list(build_loader(dataset, EvalSampler(range(1), 2, 1), 8, CPU)) == []
 
 
 @pytest.mark.gpu
-def test_batches_on_a_gpu_are_those_of_the_cpu(photos):
-    dataset = build_dataset(False, parse_args(['--data-path', str(photos), '--input-size', '96']))
+def test_batches_on_a_gpu(photos):
+    dataset = build_dataset(False, data_set='IMNET', data_path=photos, input_size=96)
     load = partial(build_loader, dataset, EvalSampler(dataset, 1, 0), 4)
     on_gpu = []
     for images, labels in load(device=torch.device('cuda')):

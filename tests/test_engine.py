@@ -16,7 +16,7 @@ CPU = torch.device('cpu')
 
 @pytest.mark.parametrize('row', reference('training.json')['keep_rate_schedule'], ids=lambda row: '-'.join(
     str(row[key]) for key in ('warmup_epochs', 'total_epochs', 'iters')))
-def test_keep_rate_is_the_originals(row):
+def test_keep_rate_of_the_original(row):
     rate = keep_rate_at(row['iters'], row['iters_per_epoch'], row['warmup_epochs'],
                         row['total_epochs'] - row['warmup_epochs'], row['base_keep_rate'])
     assert rate == pytest.approx(row['keep_rate'], abs=1e-12)
@@ -34,7 +34,7 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.parametrize('num_classes', [3, 12])
-def test_evaluate_against_a_loop(num_classes):
+def test_evaluate_in_a_naive_loop(num_classes):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(101, num_classes, generator=generator)
     labels = torch.randint(num_classes, (101,), generator=generator)
@@ -49,7 +49,7 @@ def test_evaluate_against_a_loop(num_classes):
 
 
 @pytest.mark.parametrize('sharded', [False, True])
-def test_all_processes_find_the_same_figures(sharded, monkeypatch):
+def test_figures_of_several_processes(sharded, monkeypatch):
     """The sums over them where each sees its share, else those of the first."""
     def of_others(factor):
         return lambda tensor, *_: tensor.mul_(factor) if tensor.dtype == torch.float64 else tensor
@@ -69,7 +69,7 @@ def train_epoch(model, loader, seed=0, **kwargs):
         **kwargs).summary()
 
 
-def test_train_one_epoch_is_plain_gradient_descent():
+def test_gradient_descent_in_a_naive_loop():
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(8, 3, generator=generator), torch.arange(8) % 3
     model, expected = Logits(3), torch.ones(3, requires_grad=True)
@@ -85,7 +85,7 @@ def test_train_one_epoch_is_plain_gradient_descent():
     assert stats['loss'] == pytest.approx(sum(losses) / 2) and stats['lr'] == 0.1
 
 
-def test_keep_rate_of_each_step_reaches_the_model():
+def test_keep_rate_of_each_step():
     rates = []
 
     class Model(Logits):
@@ -98,7 +98,7 @@ def test_keep_rate_of_each_step_reaches_the_model():
     assert rates == [1, 0.9, 0.8] and stats['keep_rate'] == 0.8
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+def test_non_finite_loss():
     with pytest.raises(FloatingPointError, match=r'Epoch: \[0\].*loss of step 3 is not finite.*--lr'):
         train_epoch(Logits(3), broken_batches(10, {2, 5}))
 
@@ -113,7 +113,7 @@ def broken_batches(number, broken):
 
 
 @pytest.mark.parametrize('accum_steps, left_out', [(1, {2, 5}), (2, {2, 3, 4, 5})])
-def test_updates_whose_loss_is_not_finite_are_left_out(accum_steps, left_out, capsys):
+def test_skipped_updates(accum_steps, left_out, capsys):
     model, expected, batches = Logits(3), Logits(3), broken_batches(10, {2, 5})
     stats = train_epoch(model, batches, skip_nonfinite=2, accum_steps=accum_steps)
     kept = [batch for i, batch in enumerate(batches) if i not in left_out]
@@ -122,13 +122,13 @@ def test_updates_whose_loss_is_not_finite_are_left_out(accum_steps, left_out, ca
     assert f'step {2 + accum_steps} is left out' in capsys.readouterr().out
 
 
-def test_no_more_updates_in_a_row_are_left_out_than_allowed():
+def test_limit_of_skipped_updates():
     train_epoch(Logits(3), broken_batches(10, {2, 3, 5, 6}), skip_nonfinite=2)
     with pytest.raises(FloatingPointError, match='step 5 the loss is not finite 3 times in a row'):
         train_epoch(Logits(3), broken_batches(10, {2, 3, 4, 6}), skip_nonfinite=2)
 
 
-def test_the_rest_of_an_epoch_is_as_the_whole():
+def test_rest_of_an_epoch():
     batches, states = broken_batches(10, {3, 4, 8}), {}
     model, copies = Logits(3), {}
 
@@ -148,7 +148,7 @@ def test_the_rest_of_an_epoch_is_as_the_whole():
         assert part | {'images_per_second': 0} == whole | {'images_per_second': 0}
 
 
-def test_a_weight_that_is_not_finite_stops_the_run():
+def test_non_finite_weight():
     """Where the last step's loss was still finite, and the state would be saved."""
     class Overflowing(Logits):
         def forward(self, x):
@@ -159,7 +159,7 @@ def test_a_weight_that_is_not_finite_stops_the_run():
         train_epoch(Overflowing(3), loader)
 
 
-def test_erasing_comes_first_and_is_drawn_from_the_step():
+def test_erasing_before_mixup():
     """A constant, so that the learning of a step depends on nothing else; mixup sees what erasing made."""
     def run(seed):
         drawn = []
@@ -183,7 +183,7 @@ def test_erasing_comes_first_and_is_drawn_from_the_step():
     assert run(0) == run(0) and len(set(run(0) + run(1))) == 6
 
 
-def test_accumulated_steps_are_one_step_of_a_larger_batch():
+def test_accumulated_steps():
     """Of 5 batches of 2, two make an update, and the last one alone; processes meet only where there is one."""
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(10, 3, generator=generator), torch.arange(10) % 3)

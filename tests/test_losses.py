@@ -8,7 +8,7 @@ from losses import DistillationLoss
 
 @pytest.mark.parametrize('case', reference('training.json')['distillation'],
                          ids=lambda case: f'{case["type"]}-{case["alpha"]}')
-def test_distillation_is_the_originals(case):
+def test_distillation_of_the_original(case):
     generator = np.random.RandomState(5)
     shapes = (4, 10), (4, 10), (4, 12)
     outputs, outputs_kd, images = (torch.tensor(generator.standard_normal(shape)) for shape in shapes)
@@ -18,7 +18,7 @@ def test_distillation_is_the_originals(case):
     assert loss.item() == pytest.approx(case['loss'], abs=1e-12)
 
 
-def test_no_gradient_reaches_the_teacher():
+def test_teacher_gets_no_gradient():
     teacher = torch.nn.Linear(12, 10)
     outputs, outputs_kd = torch.randn(2, 4, 10, requires_grad=True)
     criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), teacher, 'soft', 0.5, 3.0)

@@ -17,7 +17,7 @@ def run_recipe(script, *flags, **variables):
     return done.stdout
 
 
-def test_the_digits_and_then_finetuning_them(tmp_path):
+def test_recipes_of_the_digits(tmp_path):
     quick = ['--epochs', '1', '--input-size', '32']
     printed = run_recipe('run_code.sh', *quick, logdir=tmp_path / 'a')
     assert 'deit_tiny_patch16_shrink_base' in printed and 'on the 360 test images' in printed
@@ -28,7 +28,7 @@ def test_the_digits_and_then_finetuning_them(tmp_path):
     assert first['test_acc1'] > 10 and second['train_keep_rate'] == 0.7
 
 
-def test_the_papers_recipes_on_a_small_tree(image_folder, tmp_path):
+def test_recipes_of_the_paper(image_folder, tmp_path):
     small = ['--epochs', '1', '--batch-size', '8', '--model', 'deit_tiny_patch16_shrink_base', '--input-size', '32',
              '--num_workers', '0']
     run_recipe('run_code.sh', *small, datapath=image_folder, logdir=tmp_path / 'a')
@@ -37,13 +37,21 @@ def test_the_papers_recipes_on_a_small_tree(image_folder, tmp_path):
     assert (tmp_path / 'b' / 'checkpoint.pth').is_file()
 
 
-def test_the_readme_names_flags_that_there_are():
+def test_flags_of_readme_and_docs():
     from run_with_submitit import get_args_parser                         # main.py's, and a few more
     known = set(get_args_parser()._option_string_actions)
-    text = (ROOT / 'README.md').read_text() + (ROOT / 'run_code.sh').read_text() + (ROOT / 'finetune.sh').read_text()
-    program = re.compile(r'main\.py|run_code\.sh|run_with_submitit\.py|^        (?=--)')
+    files = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *ROOT.glob('*.sh')]
+    text = '\n'.join(path.read_text() for path in files)
+    program = re.compile(r'main\.py|(?:run_code|finetune|slurm)\.sh|run_with_submitit\.py|^        (?=--)')
     lines = [program.split(line, maxsplit=1)[1] for line in text.replace('\\\n', ' ').splitlines()
              if program.search(line)]
     flags = {flag.replace('_', '-') for line in lines for flag in re.findall(r'(?<!\S)`?(--[a-z][\w-]+)', line)}
-    assert len(flags) > 20
+    assert len(flags) > 40
     assert flags <= known, flags - known
+
+
+def test_links_of_readme_and_docs():
+    for path in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')):
+        for link in re.findall(r'\]\(([^)#]+)\)', path.read_text()):
+            assert link.startswith('https://') or (path.parent / link).is_file(), f'{path}: {link}'
+    assert (ROOT / 'README.md').read_text().count('\n') <= 250

@@ -8,9 +8,10 @@ import pytest
 
 import main
 import run_with_submitit
-import utils
 from conftest import ROOT
+from distributed import Stopped, StopSignal
 from run_with_submitit import Job, run
+from utils import InputError
 
 FLAGS = ['--epochs', '3', '--num_workers', '2', '--lr', '1e-3']
 
@@ -33,7 +34,7 @@ def submitit(monkeypatch, tmp_path):
 
     asked.SlurmExecutor = SlurmExecutor
     monkeypatch.setattr(run_with_submitit, 'submitit', asked)
-    handlers = {signum: signal.getsignal(signum) for signum in utils.StopSignal.SIGNALS}
+    handlers = {signum: signal.getsignal(signum) for signum in StopSignal.SIGNALS}
     yield asked
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
@@ -50,7 +51,7 @@ def test_submission(submitit, capsys):
     assert expected.items() <= submitit.parameters.items()
 
 
-def test_nothing_of_a_site_is_assumed(submitit):
+def test_no_setting_of_a_particular_site(submitit):
     run(FLAGS)
     assert not {'partition', 'comment', 'constraint', 'account', 'mem'} & submitit.parameters.keys()
     assert submitit.folder == 'runs/submitit/%j'
@@ -66,7 +67,7 @@ def test_without_gpus(submitit):
     (['--ngpus', '0'], dict(device='cpu')),
     (['--resume', 'a.pth', '--output_dir', 'out', '--device', 'cpu'],
      dict(resume='a.pth', output_dir='out', device='cpu'))])
-def test_what_a_job_runs(submitit, monkeypatch, tmp_path, flags, expected):
+def test_command_of_a_job(submitit, monkeypatch, tmp_path, flags, expected):
     run([*FLAGS, *flags])
     seen = []
     monkeypatch.setattr(main, 'main', seen.append)
@@ -77,8 +78,8 @@ def test_what_a_job_runs(submitit, monkeypatch, tmp_path, flags, expected):
 
 
 @pytest.mark.parametrize('error, status', [
-    (utils.Stopped(signal.SIGUSR2), 143), (utils.Stopped(signal.SIGTERM), 143), (utils.InputError('wrong'), 2)])
-def test_how_a_job_ends(submitit, monkeypatch, error, status):
+    (Stopped(signal.SIGUSR2), 143), (Stopped(signal.SIGTERM), 143), (InputError('wrong'), 2)])
+def test_exit_status_of_a_job(submitit, monkeypatch, error, status):
     def stop(args):
         assert signal.getsignal(signal.SIGUSR2) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         raise error
@@ -91,7 +92,7 @@ def test_how_a_job_ends(submitit, monkeypatch, error, status):
 
 @pytest.mark.parametrize('flags', [['--epochs', '0'], ['--nodes', '0'], ['--no-such-flag'], ['--data-set', 'IMNET'],
                                    ['--eval']])
-def test_wrong_flags_are_refused_before_submission(submitit, capsys, flags):
+def test_wrong_flags(submitit, capsys, flags):
     with pytest.raises(SystemExit) as exit:
         run(flags)
     assert exit.value.code == 2 and not hasattr(submitit, 'job')

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import normalize
 
 import models_evit  # noqa: F401, registers the models
@@ -71,7 +72,7 @@ def naive_masks(kept, batch_size, num_patches, fused):
 
 @pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('num_patches, ks', [(20, (14, 10, 7)), (9, (9, 5)), (6, (1, 1)), (64, (40,)), (5, ())])
-def test_positions_compose_as_in_a_naive_loop(num_patches, ks, fused):
+def test_positions_in_a_naive_loop(num_patches, ks, fused):
     generator = torch.Generator().manual_seed(num_patches)
     for _ in range(10):
         kept = random_kept(4, num_patches, ks, fused, generator)
@@ -82,13 +83,13 @@ def test_positions_compose_as_in_a_naive_loop(num_patches, ks, fused):
         assert all(torch.equal(*pair) for pair in zip(kept, before))
 
 
-def test_fused_token_kept_and_fused_again_stands_for_no_patch():
+def test_fused_token_kept_and_fused_again():
     # Token 2 of the 2nd stage is the 1st fused one; of the 3rd, token 0 is that one again and token 2 the 2nd.
     kept = [torch.tensor([[3, 0]]), torch.tensor([[2, 1]]), torch.tensor([[2, 0]])]
     assert compose_positions(kept, 1, 4)[0].int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
 
 
-def test_a_stage_that_keeps_all_changes_nothing():
+def test_stage_that_keeps_all():
     kept = [None, torch.tensor([[3, 0]]), None, torch.tensor([[2, 1]])]
     assert compose_positions(kept, 1, 4)[0].int().tolist() == [
         [1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0]]
@@ -96,7 +97,7 @@ def test_a_stage_that_keeps_all_changes_nothing():
 
 @pytest.mark.parametrize('fuse', [False, True])
 @pytest.mark.parametrize('name, kwargs, size, grid', MODELS)
-def test_model_keeps_exact_counts_in_nested_masks(name, kwargs, size, grid, fuse):
+def test_counts_and_nesting_of_masks(name, kwargs, size, grid, fuse):
     model = create(name, fuse_token=fuse, **kwargs)
     images = random_images(size)
     before = images.clone()
@@ -114,7 +115,7 @@ def test_model_keeps_exact_counts_in_nested_masks(name, kwargs, size, grid, fuse
         is_fused = torch.cat([is_fused, torch.ones(3, int(fuse), dtype=torch.bool)], dim=1)
 
 
-def test_keep_rate_is_that_of_the_call():
+def test_keep_rate_of_a_call():
     model, images = create(), random_images()
     assert kept_patches(model, images, keep_rate=0.5).sum((0, 2, 3)).tolist() == [3 * 8, 3 * 4, 3 * 2]
     rates = [1.] * 12
@@ -123,7 +124,7 @@ def test_keep_rate_is_that_of_the_call():
     assert seen.blocks == [3, 5, 6, 9] and seen.kept.sum((0, 2, 3)).tolist() == [3 * 16, 3 * 8, 3 * 8, 3 * 8]
 
 
-def test_at_rate_1_nothing_is_masked_and_all_is_attended_to():
+def test_rate_1():
     seen = observe(create(), random_images(), keep_rate=1.)
     assert seen.blocks == [3, 6, 9] and seen.kept.shape == (3, 3, 4, 4) and seen.kept.all()
     assert (seen.attention > 0).all() and (seen.attention.sum((2, 3)) < 1).all()
@@ -131,7 +132,7 @@ def test_at_rate_1_nothing_is_masked_and_all_is_attended_to():
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_observing_leaves_the_model_as_it_was(checkpointing):
+def test_observed_model_is_unchanged(checkpointing):
     model, images = create(TINY_DISTILLED, proj_drop_rate=0.5, drop_path_rate=0.5), random_images()
     model.set_grad_checkpointing(checkpointing)
     expected = model(images)
@@ -168,7 +169,7 @@ def attend_to_brightness(model):
 @pytest.mark.parametrize('fuse', [False, True])
 @pytest.mark.parametrize('sign', [1, -1])
 @pytest.mark.parametrize('name', [TINY, TINY_DISTILLED])
-def test_model_with_attention_set_by_hand_keeps_the_patches_set(name, sign, fuse):
+def test_kept_patches_for_attention_set_by_hand(name, sign, fuse):
     """The brightest patches stay. Weighted by attention, a fused token is nearer to 0 than what it was fused from, so
     that it always goes again where brightness is above 0, and takes one of the k places where it is below."""
     model = attend_to_brightness(create(name, img_size=(64, 96), fuse_token=fuse))
@@ -189,7 +190,7 @@ def test_model_with_attention_set_by_hand_keeps_the_patches_set(name, sign, fuse
 
 @pytest.mark.parametrize('fuse', [False, True])
 @pytest.mark.parametrize('name', [TINY, TINY_DISTILLED])
-def test_attention_set_by_hand_is_told_of_the_patches_that_are_seen(name, fuse):
+def test_attention_set_by_hand(name, fuse):
     """A head has 16 channels: queries of 1, keys of a patch's brightness b, and so logits of 16 b / √16 = 4 b."""
     model = attend_to_brightness(create(name, img_size=(64, 96), fuse_token=fuse))
     if model.num_prefix_tokens == 2:
@@ -213,7 +214,7 @@ def test_attention_set_by_hand_is_told_of_the_patches_that_are_seen(name, fuse):
 
 
 @pytest.mark.parametrize('name, kwargs, size, grid', MODELS)
-def test_what_is_kept_was_attended_to_most(name, kwargs, size, grid):
+def test_kept_patches_have_the_highest_attention(name, kwargs, size, grid):
     seen = observe(create(name, fuse_token=True, **kwargs), random_images(size))
     attention = seen.attention
     assert attention.shape == (3, 3, *grid)
@@ -223,7 +224,7 @@ def test_what_is_kept_was_attended_to_most(name, kwargs, size, grid):
 
 
 @pytest.mark.parametrize('name, kwargs, size, grid', MODELS)
-def test_dropped_patches_are_black_and_others_as_in_the_input(name, kwargs, size, grid):
+def test_mask_images(name, kwargs, size, grid):
     images = random_images(size)
     before = images.clone()
     patch_size = create(name, **kwargs).patch_embed.patch_size
@@ -238,7 +239,7 @@ def test_dropped_patches_are_black_and_others_as_in_the_input(name, kwargs, size
     assert torch.equal(pictures, expected)
 
 
-def test_images_are_denormalized_and_clamped():
+def test_denormalize():
     images = torch.tensor([[0., 1, -9], [2, 0, 9], [1, 1, 0]]).view(1, 3, 1, 3)
     mean, std = (0.5, 0.25, 0.125), (0.25, 0.125, 0.5)
     expected = torch.tensor([[0.5, 0.75, 0], [0.5, 0.25, 1], [0.625, 0.625, 0.125]]).view(1, 3, 1, 3)
@@ -255,7 +256,7 @@ def read(path):
 
 
 @pytest.mark.parametrize('patch_size', [8, 12, 16])
-def test_files_are_named_counted_and_show_the_masks(tmp_path, patch_size):
+def test_files(tmp_path, patch_size):
     size = (4 * patch_size, 6 * patch_size)
     mean, std = (0.3, 0.5, 0.7), (0.2, 0.3, 0.4)
     model = create(img_size=size, patch_size=patch_size, fuse_token=True)
@@ -277,13 +278,13 @@ def test_files_are_named_counted_and_show_the_masks(tmp_path, patch_size):
             assert picture[~mask].mean() < 0.01
 
 
-def test_files_round_to_the_nearest_level(tmp_path):
+def test_rounding_of_files(tmp_path):
     for level in (0, 0.6, 99.6, 100.4, 254.6, 255):
         save_jpeg(torch.full((3, 8, 16), level / 255), tmp_path / 'grey.jpg')
         assert (read(tmp_path / 'grey.jpg') * 255).unique().tolist() == [round(level)]
 
 
-def test_processes_that_share_a_folder_miss_and_overwrite_nothing(tmp_path):
+def test_folder_shared_by_processes(tmp_path):
     model, images = create(base_keep_rate=0.5), random_images(batch_size=5)
     for rank in range(2):
         save_masked(model, images[rank::2], range(rank, 5, 2), tmp_path / 'two')
@@ -294,7 +295,7 @@ def test_processes_that_share_a_folder_miss_and_overwrite_nothing(tmp_path):
         assert (read(tmp_path / 'one' / name) - read(tmp_path / 'two' / name)).abs().max() < 0.02
 
 
-def test_rate_1_writes_the_input_for_each_stage(tmp_path):
+def test_files_at_rate_1(tmp_path):
     save_masked(create(), random_images(batch_size=2), [0, 1], tmp_path, keep_rate=1.)
     assert len(list(tmp_path.iterdir())) == 2 * 4
     for i in range(2):
@@ -302,7 +303,7 @@ def test_rate_1_writes_the_input_for_each_stage(tmp_path):
             assert (tmp_path / f'img_{i}_l{stage}.jpg').read_bytes() == (tmp_path / f'img_{i}_a.jpg').read_bytes()
 
 
-def test_wrong_number_of_indices_writes_nothing(tmp_path):
+def test_wrong_number_of_indices(tmp_path):
     with pytest.raises(ValueError, match='2 indices for 3 images'):
         save_masked(create(), random_images(), [0, 1], tmp_path / 'none')
     assert not (tmp_path / 'none').exists()
@@ -310,7 +311,7 @@ def test_wrong_number_of_indices_writes_nothing(tmp_path):
 
 # --- Heat maps and sheets -------------------------------------------------------------------------------------------
 
-def test_heat_maps_go_from_least_to_most_and_leave_out_what_was_not_seen():
+def test_heat_maps():
     mean, std = (0.3, 0.5, 0.7), (0.2, 0.3, 0.4)
     pixels = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0))       # 1 more than whole patches
     attention = torch.tensor([[[[0.1, 0.5, math.nan], [0.2, 0.3, 0.15]], [[0.25] * 3] * 2, [[math.nan] * 3] * 2]])
@@ -351,7 +352,7 @@ def drawn(monkeypatch, *arguments):
     (18, 4, (48, 48), (96, 96), 4), (13, 4, (32, 64), (32, 64), 4), (3, 4, (300, 10), (224, 7), 1),
     (18, 4, (40, 10), (80, 20), 4), (7, 13, (224, 224), (124, 124), 1), (70, 1, (90, 90), (89, 89), 16),
     (9, 1, (224, 224), (224, 224), 3)])
-def test_a_sheet_holds_every_picture_in_its_place_under_its_header(number, columns, size, picture, across, monkeypatch):
+def test_layout_of_a_sheet(number, columns, size, picture, across, monkeypatch):
     headers = ['input image', *(f'layer {i + 1}' for i in range(columns - 1))]
     colors = torch.arange(1, number * columns + 1).view(number, columns)
     rows = [torch.stack([color % 256, color // 256, torch.full_like(color, 77)], dim=1).byte().view(columns, 3, 1, 1)
@@ -395,7 +396,7 @@ def test_a_sheet_holds_every_picture_in_its_place_under_its_header(number, colum
             assert long[i][2] < places[i + 1, 0][0]
 
 
-def test_small_pictures_are_enlarged_by_whole_pixels_and_large_ones_are_smooth():
+def test_scaling_of_pictures():
     digit = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sheet = np.asarray(contact_sheet([digit], [''], [('',)]))
     enlarged = digit[0].permute(1, 2, 0).repeat_interleave(5, 0).repeat_interleave(5, 1).numpy()
@@ -407,7 +408,7 @@ def test_small_pictures_are_enlarged_by_whole_pixels_and_large_ones_are_smooth()
         (96, 96), (130, 60), (100, 50), (1, 90)]
 
 
-def test_names_are_shortened_to_the_measured_width():
+def test_shortened_names():
     font = ImageFont.load_default(16)
     name = 'sulphur-crested cockatoo, Kakatoe galerita'
     assert shorten(name, font, font.getlength(name)) == name
@@ -419,7 +420,7 @@ def test_names_are_shortened_to_the_measured_width():
 
 
 @pytest.mark.parametrize('name, kwargs, size, grid', MODELS)
-def test_sheets_show_the_input_the_stages_and_the_classes(name, kwargs, size, grid, monkeypatch):
+def test_content_of_sheets(name, kwargs, size, grid, monkeypatch):
     mean, std = (0.3, 0.5, 0.7), (0.2, 0.3, 0.4)
     model, images = create(name, num_classes=3, drop_loc=(2, 5), fuse_token=True, **kwargs), random_images(size)
     sheets = []
@@ -438,7 +439,16 @@ def test_sheets_show_the_input_the_stages_and_the_classes(name, kwargs, size, gr
             assert (rows[b][1:].int() - to_bytes(stages[b]).int()).abs().max() <= 1
 
 
-def test_the_lines_of_the_readme_for_a_notebook_run():
+def test_sheets_change_no_generator_and_no_mode():
+    model = create().train()
+    loader = DataLoader(TensorDataset(random_images(), torch.zeros(3, dtype=torch.long)), 2)
+    state = torch.get_rng_state()
+    grid, attention = draw_sheets(model, loader, ['a'] * 1000)
+    assert grid.size == attention.size and grid.tobytes() != attention.tobytes()
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
+
+
+def test_notebook_lines_of_the_docs():
     block, = (block for block in (ROOT / 'README.md').read_text().split('```') if 'kept_patches' in block)
     lines = block.removeprefix('python\n').splitlines()
     assert len(lines) == 5

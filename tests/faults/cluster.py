@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -180,7 +181,8 @@ def slurm():
         Path(folder).chmod(0o755)                                          # munged wants its socket in reach of all
         conf = Path(folder, 'slurm.conf')
         conf.write_text(SLURM_CONF.format(folder=folder, ports=free_ports(3)))
-        environment = {**os.environ, 'SLURM_CONF': str(conf), 'OMP_NUM_THREADS': '1'}
+        environment = {**os.environ, 'SLURM_CONF': str(conf), 'OMP_NUM_THREADS': '1',
+                       'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
         with open(f'{folder}/daemons.log', 'w') as log:
             daemons = subprocess.Popen([*NAMESPACE, 'sh', '-c', DAEMONS.format(folder=folder)], env=environment,
                                        stdout=log, stderr=log)

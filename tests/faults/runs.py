@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import main
-from datasets import kill_workers
+from distributed import kill_workers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -74,7 +74,7 @@ class Forked:
         try:
             function(rank)
         finally:
-            kill_workers()                             # which atexit does, but not in a process that was forked
+            kill_workers()
 
     def _console(self, rank, name):
         return Path(self.consoles.name) / f'{rank}.{name}'

@@ -1,8 +1,8 @@
-"""What saving costs training: `python tests/faults/saving.py [flags of main.py]`.
+"""The cost of saving checkpoints: `python tests/faults/saving.py [flags of main.py]`.
 
-One run, of which every other epoch is saved as always and the others not at all; by default the digits of run_code.sh
-with the moving average beside, evaluated after each epoch. Prints how much more time, and how much more time of the
-processor, an epoch with saving took than the one before it without; the second is the surer figure on a shared machine.
+One run that saves in every other epoch only; by default a run on the digits with a moving average. Prints how much more
+wall-clock and processor time an epoch with saving takes than the one before it without. On a shared machine, trust the
+processor time.
 """
 import statistics
 import sys
@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import main  # noqa: E402
+from checkpoint import CheckpointWriter  # noqa: E402
+from trainer import Trainer  # noqa: E402
 
 RECIPE = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--data-set', 'DIGITS', '--input-size', '48',
           '--batch-size', '64', '--num_workers', '1', '--epochs', '13', '--warmup-epochs', '0',
@@ -20,18 +22,18 @@ RECIPE = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--data-se
 
 
 def measure(flags):
-    """Train → (seconds, seconds of the processor) of each epoch; the odd ones are saved."""
-    save, train_epoch, starts = main.RunOutput.save, main.train_epoch, []
+    """Train → (seconds, processor seconds) of each epoch; only the odd ones are saved."""
+    write, train_epoch, starts = CheckpointWriter.write, Trainer.train_epoch, []
 
     def timed_epoch(*args):
         starts.append((time.perf_counter(), time.process_time()))
         return train_epoch(*args)
 
-    def every_other_save(*args):
+    def write_every_other(*args):
         if len(starts) % 2 == 0:
-            save(*args)
+            write(*args)
 
-    main.RunOutput.save, main.train_epoch = every_other_save, timed_epoch
+    CheckpointWriter.write, Trainer.train_epoch = write_every_other, timed_epoch
     with tempfile.TemporaryDirectory() as folder:
         main.main(main.parse_args([*flags, '--output_dir', folder]))
     return [tuple(end - start for start, end in zip(*ends)) for ends in zip(starts, starts[1:])]
@@ -40,7 +42,7 @@ def measure(flags):
 if __name__ == '__main__':
     epochs = measure(sys.argv[1:] or RECIPE)
     pairs = list(zip(epochs[2::2], epochs[3::2]))                          # without what the first epoch has to set up
-    for i, what in enumerate(('time', 'time of the processor')):
+    for i, what in enumerate(('wall-clock time', 'processor time')):
         without = statistics.median(one[i] for one, _ in pairs)
         cost = statistics.median(saved[i] - one[i] for one, saved in pairs)
         print(f'{what}: an epoch without saving takes {without:.2f} s, with it {cost:+.3f} s ({cost / without:+.1%}); '

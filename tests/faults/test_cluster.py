@@ -13,16 +13,6 @@ from cluster import children, slurm, two_hosts, wait_for
 from outputs import assert_same, result
 from runs import FLAGS, ROOT
 
-# As in README
-SBATCH = f'''#!/bin/bash
-#SBATCH --nodes=2 --ntasks-per-node=1 --time=60
-#SBATCH --requeue --open-mode=append --signal=USR1@90
-srun --kill-on-bad-exit=1 {sys.executable} {ROOT}/main.py "$@"
-status=$?
-if [ $status = 143 ] || [ $status = 138 ]; then scontrol requeue $SLURM_JOB_ID; fi
-exit $status
-'''
-
 
 class Progress:
     """Waits for checkpoints of a run."""
@@ -77,7 +67,7 @@ def worker(agent):
                 return child
 
 
-def test_a_worker_killed_on_either_of_two_hosts(tmp_path, undisturbed, table):
+def test_worker_killed_on_two_hosts(tmp_path, undisturbed, table):
     progress, victims = Progress(tmp_path), ('nodea', 'nodeb')
     with logs_of(tmp_path), two_hosts() as start:
         agents = start_agents(start, tmp_path)
@@ -99,9 +89,8 @@ def cluster():
 
 
 def submit_srun(cluster, folder):
-    script = folder / 'train.sh'
-    script.write_text(SBATCH)
-    return cluster('sbatch', '--parsable', f'--output={folder}/job.out', script, *FLAGS, '--output_dir', folder)
+    return cluster('sbatch', '--parsable', '--nodes=2', '--ntasks-per-node=1', '--time=60', f'--chdir={ROOT}',
+                   f'--output={folder}/job.out', ROOT / 'slurm.sh', *FLAGS, '--output_dir', folder)
 
 
 def submit_submitit(cluster, folder):

@@ -6,12 +6,12 @@ import timm
 import torch
 from torch.utils.data import Subset
 
-import utils
 from datasets import build_dataset, build_loader
+from distributed import init_process_group, leave_process_group, rank, world_size
 from engine import evaluate
-from main import parse_args
 from runs import Forked
 from samplers import EvalSampler
+from utils import seed_all
 
 SIZES = 1, 2, 3, 5, 97, 101, 360
 BATCH = 8                                              # so that shares end with batches of every size
@@ -19,21 +19,21 @@ BATCH = 8                                              # so that shares end with
 
 def evaluate_all_sizes(path):
     """The figures of the same model on subsets of the digits, written by the first process of the group."""
-    device = utils.init_process_group('cpu')
-    utils.seed_all(0)
+    device = init_process_group('cpu')
+    seed_all(0)
     model = timm.create_model('deit_tiny_patch16_shrink_base', num_classes=10, img_size=32, base_keep_rate=0.7)
-    dataset = build_dataset(False, parse_args(['--input-size', '32']))
+    dataset = build_dataset(False, input_size=32)
     figures = []
     for size in SIZES:
         subset = Subset(dataset, range(size))
-        loader = build_loader(subset, EvalSampler(subset, utils.world_size(), utils.rank()), BATCH, device)
+        loader = build_loader(subset, EvalSampler(subset, world_size(), rank()), BATCH, device)
         figures.append(evaluate(model, loader, device=device, amp_dtype=torch.float32, sharded=True))
-    if utils.rank() == 0:
+    if rank() == 0:
         path.write_text(json.dumps(figures))
-    utils.leave_process_group()
+    leave_process_group()
 
 
-def test_uneven_shares_give_the_figures_of_one_process(tmp_path, table):
+def test_uneven_shares(tmp_path, table):
     figures = {}
     for processes in (1, 2, 3):
         path = tmp_path / f'{processes}.json'

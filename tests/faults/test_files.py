@@ -9,9 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-import utils
+from checkpoint import load_checkpoint, write_checkpoint
 from outputs import assert_same, result
 from runs import Run, at_file_operation, fork
+from utils import InputError
 
 MIB = 2 ** 20
 CHECKPOINT = 86 * MIB                                  # roughly
@@ -58,14 +59,14 @@ FULL = [                                               # size of the disk in che
 
 
 def ends_for_lack_of_space(run, folder):
-    """Both processes have ended, with status 1 and a line; what is there of checkpoints is good."""
-    assert run.finish() == [1, 1], str(run)
+    """All processes end with status 1 and a line; the remaining checkpoints are undamaged."""
+    assert run.finish() == [1] * len(run.processes), str(run)
     assert 'No space left' in run.error(), str(run)
     for path in folder.glob('*checkpoint.pth'):
-        utils.load_checkpoint(str(path))
+        load_checkpoint(str(path))
 
 
-def test_a_disk_that_fills_up(disk, undisturbed, table):
+def test_full_disk(disk, undisturbed, table):
     often = '--checkpoint-interval', 4
     for size, is_it in FULL:
         resize(disk, size * CHECKPOINT)
@@ -146,14 +147,14 @@ def damaged_and_resumed(damage, place, source, folder):
 
 
 @pytest.mark.parametrize('damage, places', [(cut, CUTS), (flip, FLIPS)])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_taken(
+def test_damaged_checkpoint(
         damage, places, killed_before_its_last_save, undisturbed, tmp_path, table):
     reference, source = result(undisturbed(1)), killed_before_its_last_save
     data = (source / 'checkpoint.pth').read_bytes()
     for place in places:
         (tmp_path / 'damaged.pth').write_bytes(damage(data, place))
-        with pytest.raises(utils.InputError, match='damaged.pth'):
-            utils.load_checkpoint(str(tmp_path / 'damaged.pth'))
+        with pytest.raises(InputError, match='damaged.pth'):
+            load_checkpoint(str(tmp_path / 'damaged.pth'))
     folders = [tmp_path / str(i) for i in range(len(places))]
     with ProcessPoolExecutor(2, fork) as pool:
         resumed = pool.map(damaged_and_resumed, [damage] * 10, places, [source] * 10, folders)
@@ -190,19 +191,27 @@ def write_zip(checkpoint, folder):
     torch.save(checkpoint, folder / 'checkpoint.pth')
 
 
-@pytest.mark.parametrize('write', [write_pickle, write_old_format, write_zip, utils.save_checkpoint])
-def test_a_malicious_checkpoint_is_refused(write, tmp_path, table):
-    made, folder = tmp_path / 'made', tmp_path / 'run'
+WAYS = ['--resume', 'checkpoint.pth'], ['--resume', 'auto'], ['--finetune', 'checkpoint.pth'], ['--resume', 'auto', '--eval']
+
+
+def refuses_malicious_checkpoint(write, ways, folder):
+    """Each of these flags, in which checkpoint.pth stands for the file, is refused with one line; no code runs."""
+    made, folder = folder / 'made', folder / 'run'
     folder.mkdir()
     write({'model': {'weight': torch.zeros(1)}, 'epoch': Malicious(made)}, folder)
     file = folder / 'checkpoint.pth'
     if write != write_pickle:
         torch.load(file, weights_only=False)
         made.unlink()                                  # so it is malicious
-    ways = ['--resume', file], ['--resume', 'auto'], ['--resume', '', '--finetune', file], ['--resume', file, '--eval']
     for flags in ways:
-        with Run(folder, *flags, '--epochs', '1') as run:
+        flags = [file if flag == file.name else flag for flag in flags]
+        with Run(folder, '--resume', '', *flags, '--epochs', '1') as run:
             assert run.finish() == [2], str(run)
             assert 'checkpoint.pth' in run.error()
         assert not made.exists() and file.exists()
-    table(len(ways), f'a checkpoint that would create a file, by {write.__name__}: refused, no file')
+
+
+@pytest.mark.parametrize('write', [write_pickle, write_old_format, write_zip, write_checkpoint])
+def test_malicious_checkpoint(write, tmp_path, table):
+    refuses_malicious_checkpoint(write, WAYS, tmp_path)
+    table(len(WAYS), f'a checkpoint that would create a file, by {write.__name__}: refused, no file')

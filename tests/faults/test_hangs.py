@@ -38,7 +38,7 @@ FAILURES = {'SIGSTOP to one of 2 processes, --dist-timeout 10': (hangs, 'Epoch: 
             'SIGKILL to a DataLoader worker of the second process': (loses_a_worker(1), 'Epoch: [1] [ 6/10]')}
 
 
-def test_a_process_that_hangs_or_dies_is_named(undisturbed, tmp_path, table):
+def test_process_that_hangs_or_dies(undisturbed, tmp_path, table):
     for what, (act, line) in FAILURES.items():
         with Run(tmp_path, '--dist-timeout', '10', processes=2) as run:
             run.wait_for_line(line)
@@ -51,7 +51,7 @@ def test_a_process_that_hangs_or_dies_is_named(undisturbed, tmp_path, table):
 
 
 @pytest.mark.parametrize('rank', [0, 1])
-def test_a_data_set_that_vanishes_under_one_process(rank, image_folder, tmp_path, table):
+def test_data_set_that_vanishes(rank, image_folder, tmp_path, table):
     trees = [shutil.copytree(image_folder, tmp_path / f'tree{number}') for number in range(2)]
     with Run(tmp_path / 'run', '--batch-size', '4', '--epochs', '100', processes=2,
              of_rank=lambda rank: ['--data-path', trees[rank]]) as run:
@@ -64,7 +64,7 @@ def test_a_data_set_that_vanishes_under_one_process(rank, image_folder, tmp_path
 
 @pytest.mark.parametrize('flags, noticed', [(['--print-freq', '1'], 'logged'), (['--print-freq', '1000'], 'saved')],
                          ids=['logged', 'saved'])
-def test_a_loss_that_is_not_finite(flags, noticed, tmp_path, table):
+def test_non_finite_loss(flags, noticed, tmp_path, table):
     with Run(tmp_path, '--warmup-epochs', '0', '--lr', '1e20', '--checkpoint-interval', '2', *flags,
              processes=2) as run:
         assert run.finish() == [1, 1], str(run)

@@ -86,7 +86,7 @@ def killed_and_resumed(i, processes, seed, folder, undisturbed):
 
 
 @pytest.mark.parametrize('processes', [1, 2])
-def test_a_killed_run_ends_as_an_undisturbed_one(processes, undisturbed, seed, tmp_path, table):
+def test_sigkill(processes, undisturbed, seed, tmp_path, table):
     reference = undisturbed(processes)
     with ProcessPoolExecutor(2 // processes, fork) as pool:
         saving = list(pool.map(killed_and_resumed, range(10), [processes] * 10, [seed] * 10,

@@ -23,7 +23,7 @@ def steps(run):
     return [line for line in run.read('out').splitlines() if line.startswith(('Epoch', 'Test'))]
 
 
-def test_a_signal_to_any_process_stops_all_of_them(undisturbed, tmp_path, table):
+def test_signal_to_any_process(undisturbed, tmp_path, table):
     seconds, evaluates = [], False
     for send, signum, ranks, line in STOPS:
         with Run(tmp_path, processes=2) as run:
@@ -44,7 +44,7 @@ def test_a_signal_to_any_process_stops_all_of_them(undisturbed, tmp_path, table)
                       f'training and in evaluation: all exit with 143 within {max(seconds):.1f} s; then resumed')
 
 
-def test_a_second_signal_ends_at_once(tmp_path, table):
+def test_second_signal(tmp_path, table):
     with Run(tmp_path, processes=2) as run:
         run.wait_for_line('Epoch: [0] [ 6/10]')
         os.kill(run.pids[1], signal.SIGSTOP)           # so that no step will ever be finished

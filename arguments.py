@@ -1,0 +1,53 @@
+"""Command lines: types of arguments, and a parser whose errors are one line."""
+import argparse
+import math
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but an error is one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def number(kind, is_valid, expected):
+    """An argparse type: a finite number of `kind` for which `is_valid(value)`, described by `expected`."""
+    def parse(text):
+        value = kind(text)
+        if not (is_valid(value) and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f'must be {expected}, not {text}')
+        return value
+
+    parse.__name__ = kind.__name__                     # argparse names it in its message
+    return parse
+
+
+def within(low, high=math.inf, kind=float):
+    """An argparse type: a number of `kind` from `low` to `high`."""
+    expected = f'from {low:g} to {high:g}' if high < math.inf else f'{low:g} or more'
+    return number(kind, lambda value: low <= value <= high, expected)
+
+
+def positive(kind):
+    """An argparse type: a number of `kind` above 0."""
+    return number(kind, lambda value: value > 0, 'above 0')
+
+
+count = within(0, 2 ** 31, int)
+non_negative, share = within(0), within(0, 1)
+rate = number(float, lambda value: 0 < value <= 1, 'a keep rate in (0, 1]')
+
+
+def block_numbers(text):
+    """An argparse type: 3,6,9 or (3, 6, 9) → tuple of int."""
+    try:
+        inside = text[1:-1] if text[:1] + text[-1:] in ('()', '[]') else text
+        return tuple(int(item) for item in inside.rstrip(', ').split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of block numbers such as 3,6,9') from None
+
+
+def with_dashes(flag):
+    """--base_keep_rate=0.5 → --base-keep-rate=0.5"""
+    name, equals, value = flag.partition('=')
+    return name.replace('_', '-') + equals + value

@@ -1,0 +1,62 @@
+"""A model compiled by torch.compile into a bounded number of graphs."""
+import functools
+import os
+import shlex
+import shutil
+
+import torch
+import torch.nn as nn
+
+from utils import InputError
+
+
+def check_compiler(device):
+    """Raise InputError if torch.compile lacks the C++ compiler that it needs on a CPU."""
+    compiler, *_ = shlex.split(os.environ.get('CXX', '')) or ['g++']
+    if device.type == 'cpu' and not shutil.which(compiler):
+        raise InputError('--compile needs a C++ compiler on a CPU; install g++, or name another in CXX')
+
+
+class CompiledModel(nn.Module):
+    """A model compiled by torch.compile, always as one graph without breaks.
+
+    Each input shape gets its own static graph. On a GPU, graphs without gradients are replayed as CUDA graphs. Training
+    graphs are not: with gradient accumulation their outputs would have to outlive the next replay, and a training step
+    is long compared to its kernel launches.
+
+    One dynamic-shape graph serves all token counts while the keep rate of an EViT is annealed. The counts are exact,
+    not rounded to a few sizes, so that a compiled run trains on the same tokens as an eager one.
+
+    Args:
+        model: any timm model; shared, not copied.
+        device: torch.device of the model.
+    Raises:
+        InputError: the device is a CPU and there is no C++ compiler.
+    """
+
+    def __init__(self, model, device):
+        super().__init__()
+        check_compiler(device)
+        self.model, self.training = model, model.training
+        replay = 'reduce-overhead' if device.type == 'cuda' else None
+        compile_whole = functools.partial(torch.compile, model.forward, fullgraph=True)
+        self.train_graph = compile_whole(dynamic=False)
+        self.eval_graph = compile_whole(dynamic=False, mode=replay)
+        self.shrinking_graph = compile_whole()
+        # torch's limit of 8 graphs is too low where blocks begin to drop tokens one after another. DDP must not split
+        # the model into several graphs: the token counts would be variables between them.
+        self.settings = torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False)
+
+    def forward(self, images, keep_rate=None):
+        """Like the model's forward; `keep_rate` is for an EViT."""
+        with self.settings:
+            return self.choose_graph(images, keep_rate)
+
+    def choose_graph(self, images, keep_rate):
+        static = self.train_graph if torch.is_grad_enabled() else self.eval_graph
+        if keep_rate is None:
+            return static(images)
+        tokens = self.model.token_counts(keep_rate)
+        if tokens == self.model.token_counts():
+            return static(images)
+        return (self.shrinking_graph if any(tokens) else static)(images, tokens=tokens)

@@ -1,0 +1,254 @@
+"""Images/s of the input pipeline, with the usual pipeline of torchvision measured beside it.
+
+    python loader_benchmark.py --data-path /path/to/imagenet
+"""
+import dataclasses
+import functools
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import PIL
+import torch
+import torchvision
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from arguments import ArgumentParser, positive
+from benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
+from datasets import SeededDataset, build_dataset, build_loader
+from lmdb_dataset import ImageFolderLMDB
+from samplers import EvalSampler, TrainSampler
+from utils import InputError, allow_fast_kernels, one_line
+
+# The training transform of DeiT (Touvron et al., 2021, table 9)
+AUGMENTATION = dict(color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic')
+ERASING = dict(probability=0.25, mode='pixel')
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadingProtocol:
+    """How loading is measured; its str() is the line to print beside every figure.
+
+    Args:
+        input_size: height and width of the images in pixels.
+        batch_size: images per batch.
+        device: torch.device that the batches are on.
+        num_workers: number of worker processes where all are measured.
+        windows: number of timed windows.
+        window_seconds: minimum duration of a window.
+    """
+    input_size: int
+    batch_size: int
+    device: torch.device
+    num_workers: int
+    windows: int
+    window_seconds: float
+
+    def __str__(self):
+        return (f'batches of {self.batch_size} of {self.input_size}×{self.input_size}, normalised float32 on '
+                f"{device_name(self.device)}; DeiT's training transform; torch {torch.__version__}, "
+                f'torchvision {torchvision.__version__}, Pillow {PIL.__version__}; median [min–max] of {self.windows} '
+                f'windows of at least {self.window_seconds:g} s; a core: one process of one thread; all: '
+                f'{self.num_workers} workers')
+
+
+# --- Pipelines ------------------------------------------------------------------------------------------------------
+
+class Pipeline(NamedTuple):
+    """A way from stored images to batches for a model.
+
+    Args:
+        name: split, class of the data set, variant.
+        dataset: of (transformed image, label).
+        batches: function (dataset, number of workers) → iterator over the images of an epoch, normalised float32
+            (B, 3, S, S) on the device.
+    """
+    name: str
+    dataset: Dataset
+    batches: Callable
+
+    def endless(self, num_workers=0):
+        """An iterator over the batches of one epoch after the other."""
+        while True:
+            yield from self.batches(self.dataset, num_workers)
+
+
+def plain_transform(is_train, input_size):
+    """The baseline's transform: picture → normalised float32 (3, S, S), each step on the CPU, image by image."""
+    if is_train:
+        return create_transform(
+            input_size, is_training=True, color_jitter=AUGMENTATION['color_jitter'], auto_augment=AUGMENTATION['aa'],
+            interpolation=AUGMENTATION['train_interpolation'], re_prob=ERASING['probability'], re_mode=ERASING['mode'])
+    return transforms.Compose([
+        transforms.Resize(int(256 / 224 * input_size), transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(input_size), transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+
+def plain_batches(dataset, num_workers, is_train, batch_size, device):
+    """The baseline's batches: torch's DataLoader without a sampler of ours."""
+    loader = DataLoader(dataset, batch_size, shuffle=is_train, num_workers=num_workers,
+                        pin_memory=device.type == 'cuda')
+    return (images.to(device, non_blocking=True) for images, _ in loader)
+
+
+def our_batches(dataset, num_workers, is_train, batch_size, device):
+    """Batches as main.py loads them, with random erasing on the device as in `train_one_epoch`."""
+    if not is_train:
+        loader = build_loader(dataset, EvalSampler(dataset, 1, 0), batch_size, device, num_workers)
+        return (images for images, _ in loader)
+    sampler = TrainSampler(dataset, num_replicas=1, rank=0)
+    loader = build_loader(SeededDataset(dataset), sampler, batch_size, device, num_workers)
+    erase = RandomErasing(**ERASING, device=device)
+    return (erase(images) for images, _ in loader)
+
+
+def pipelines(data_path, is_train, protocol):
+    """Yield the pipelines of a split, the plain one first: one for each storage and each resize.
+
+    Raises:
+        InputError: there are neither image files nor a database.
+    """
+    split = 'train' if is_train else 'val'
+    folder, database = Path(data_path, split), Path(data_path, f'{split}.lmdb')
+    if not folder.is_dir() and not database.exists():
+        raise InputError(f'--data-path {data_path} has neither {folder.name}/ nor {database.name}')
+    settings = dict(is_train=is_train, batch_size=protocol.batch_size, device=protocol.device)
+    transform = plain_transform(is_train, protocol.input_size)
+    plain = ImageFolder(folder, transform) if folder.is_dir() else ImageFolderLMDB(database, transform)
+    yield Pipeline(f'{split}, {type(plain).__name__}, plain', plain, functools.partial(plain_batches, **settings))
+    for use_lmdb, fast_resize in itertools.product((False, True), (False, True) if is_train else (False,)):
+        if (database if use_lmdb else folder).exists():
+            dataset = build_dataset(is_train, data_set='IMNET', data_path=data_path, use_lmdb=use_lmdb,
+                                    input_size=protocol.input_size, fast_resize=fast_resize, **AUGMENTATION)
+            yield Pipeline(f'{split}, {type(dataset).__name__}{", --fast-resize" if fast_resize else ""}', dataset,
+                           functools.partial(our_batches, **settings))
+
+
+# --- Time -----------------------------------------------------------------------------------------------------------
+
+def loading_rate(batches, protocol):
+    """Images/s of an endless iterator in one window."""
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() - start < protocol.window_seconds:
+        images += len(next(batches))
+    synchronize(protocol.device)
+    return images / (time.perf_counter() - start)
+
+
+def rate_of_workers(pipeline, protocol):
+    """Images/s in one window of new worker processes, once the batches that they prefetched are used up."""
+    batches = pipeline.endless(protocol.num_workers)
+    for _ in range(1 + 2 * protocol.num_workers):
+        next(batches)
+    images_per_second = loading_rate(batches, protocol)
+    batches.close()
+    return images_per_second
+
+
+@contextmanager
+def one_thread():
+    """Limit torch to one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def compare_loading(candidates, protocol):
+    """Time pipelines in turn → for each a pair of Throughput: of one core, of all workers."""
+    iterators = [pipeline.endless() for pipeline in candidates]
+    with one_thread():
+        for batches in iterators:
+            next(batches)
+        alone = time_in_turn([functools.partial(loading_rate, batches, protocol) for batches in iterators],
+                             len(candidates) * [protocol])
+    all_workers = time_in_turn([functools.partial(rate_of_workers, pipeline, protocol) for pipeline in candidates],
+                               len(candidates) * [protocol])
+    return list(zip(alone, all_workers))
+
+
+def time_stages(pipeline, num_images=256):
+    """Milliseconds per image of each step from reading to the batch, as a dict; medians of 3 rounds.
+
+    Removes the transform of the pipeline's data set.
+    """
+    dataset = pipeline.dataset
+    steps, dataset.transform = dataset.transform.transforms, None
+    stages = [('read and decode', lambda index: dataset[index][0]), *((type(step).__name__, step) for step in steps)]
+    stages.append(('batch', None))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    times = {name: [] for name, _ in stages}
+    for _ in range(3):
+        items = order[:num_images]
+        for name, stage in stages:
+            start = time.perf_counter()
+            if stage:
+                items = [stage(item) for item in items]
+            else:
+                deque(pipeline.batches([(item, 0) for item in items], 0), maxlen=0)
+            times[name].append(1e3 * (time.perf_counter() - start) / len(items))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+# --- Command line ---------------------------------------------------------------------------------------------------
+
+def measure_loading(data_path, protocol):
+    """Measure the pipelines of both splits; print images/s, then the time of each stage."""
+    candidates = [list(pipelines(data_path, is_train, protocol)) for is_train in (True, False)]
+    print(protocol, flush=True)
+    width = max(len(pipeline.name) for split in candidates for pipeline in split)
+    columns = [f'{"images/s of " + part + " [min–max]":>28} {"ratio":>6}' for part in ('a core', 'all')]
+    print(f'{"pipeline":{width}}', *columns)
+    for split in candidates:
+        results = compare_loading(split, protocol)
+        for pipeline, speeds in zip(split, results):
+            columns = [f'{speed.span:>28} {speed.ratio_to(plain):6.3f}' for speed, plain in zip(speeds, results[0])]
+            print(f'{pipeline.name:{width}}', *columns, flush=True)
+    print('Milliseconds an image on one core:')
+    for pipeline in itertools.chain(*candidates):
+        with one_thread():
+            times = time_stages(pipeline)
+        print(f'{pipeline.name:{width}} {", ".join(f"{name} {time:.2f}" for name, time in times.items())}')
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description='Measure images/s of the input pipeline.')
+    parser.add_argument('--data-path', required=True,
+                        help='folder with train/ and val/, or train.lmdb and val.lmdb, or both')
+    parser.add_argument('--num-workers', type=positive(int), default=min(10, os.cpu_count()),
+                        help='number of processes that load images (default: %(default)s)')
+    parser.add_argument('--input-size', type=positive(int), default=224,
+                        help='height and width of the images in pixels (default: %(default)s)')
+    parser.add_argument('--batch-size', type=positive(int), default=16,
+                        help='images per batch (default: %(default)s)')
+    add_protocol_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Run the program."""
+    args = parse_args(argv)
+    allow_fast_kernels(args.device)
+    protocol = LoadingProtocol(args.input_size, args.batch_size, args.device, args.num_workers, args.windows,
+                               args.window_seconds)
+    measure_loading(args.data_path, protocol)
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as error:
+        ArgumentParser().error(one_line(error))

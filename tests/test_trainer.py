@@ -1,0 +1,265 @@
+import io
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import main
+import trainer
+from checkpoint import CheckpointWriter, load_run, write_checkpoint
+from conftest import PLAIN, TINY, open_picture, reference
+from distributed import Stopped
+from engine import keep_rate_at
+from main import parse_args
+from outputs import assert_same, checkpoint, events, log_lines, result
+from samplers import TrainSampler
+from trainer import Trainer
+from utils import InputError, choose_amp_dtype, seed_all
+
+CPU = torch.device('cpu')
+
+
+def build_trainer(args, num_classes=10):
+    return Trainer(args, main.build_model(args, num_classes), CPU, choose_amp_dtype(args.amp_dtype, CPU))
+
+
+@pytest.mark.parametrize('name', reference('training.json')['learning_rate'])
+def test_learning_rate_and_parameter_groups_of_the_original(name, monkeypatch):
+    case = reference('training.json')['learning_rate'][name]
+    monkeypatch.setattr(trainer, 'world_size', lambda: case['world'])
+    args = parse_args([*case['flags'], '--no-model-ema'])
+    training = build_trainer(args, 1000)
+    optimizer = training.optimizer
+    assert type(optimizer).__name__ == case['opt']
+    assert [{'weight_decay': group['weight_decay'], 'tensors': len(group['params']),
+             'params': sum(p.numel() for p in group['params']), 'betas': list(group['betas']), 'eps': group['eps']}
+            for group in optimizer.param_groups] == case['groups']
+    for epoch in range(args.epochs):
+        if str(epoch) in case['lr_by_epoch']:
+            assert optimizer.param_groups[0]['lr'] == pytest.approx(case['lr_by_epoch'][str(epoch)], rel=1e-9), epoch
+        training.lr_scheduler.step(epoch)
+
+
+def test_mode_while_finetuning_and_distilling():
+    args = parse_args([*PLAIN, '--finetune', 'x', '--model', 'deit_tiny_distilled_patch16_shrink_base',
+                       '--distillation-type', 'hard', '--teacher-path', 'x', '--drop-path', '0.5'])
+    training = build_trainer(args)
+    training.set_training_mode()
+    model = training.model
+    assert not any(module.training for module in model.blocks.modules())
+    assert [head.shape for head in model(torch.zeros(2, 3, 32, 32))] == [(2, 10), (2, 10)]
+
+
+@pytest.mark.parametrize('flags', [
+    ['--batch-size', '4', '--accum-steps', '2'],
+    ['--batch-size', '8', '--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1']], ids=' '.join)
+def test_resume_at_any_step_bit_for_bit(flags, image_folder, tmp_path, monkeypatch, one_thread):
+    flags = [*TINY, '--data-path', str(image_folder), '--epochs', '3', '--shrink_epochs', '2',
+             '--model-ema-decay', '0.9', '--checkpoint-interval', '1', *flags]         # and all of the augmentation
+    save, kept = write_checkpoint, []
+
+    def save_and_keep(state, folder, best=False):
+        save(state, folder, best)
+        kept.append(shutil.copytree(folder, tmp_path / str(len(kept)), copy_function=keep))
+
+    def keep(path, copy):
+        (os.link if path.endswith('.pth') else shutil.copy)(path, copy)
+
+    monkeypatch.setattr('checkpoint.write_checkpoint', save_and_keep)
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole'), '--resume', 'auto']))
+    monkeypatch.setattr('checkpoint.write_checkpoint', save)
+    assert len(kept) == 9                            # 3 updates in each of 3 epochs
+    for i in (0, 2, 4, 7):
+        torch.manual_seed(i)                         # the state that a process happens to be in does not matter
+        main.main(parse_args([*flags, '--output_dir', str(kept[i]), '--resume', 'auto']))
+        assert_same(result(kept[i]), result(tmp_path / 'whole'))
+
+
+def test_resume_with_another_batch_size(image_folder, tmp_path, capsys, one_thread):
+    flags = [*TINY, '--data-path', str(image_folder), '--epochs', '1', '--checkpoint-interval', '4', '--output_dir',
+             str(tmp_path), '--resume', 'auto', '--no-repeated-aug']
+    main.main(parse_args([*flags, '--batch-size', '4']))                               # 6 steps
+    (tmp_path / 'previous_checkpoint.pth').replace(tmp_path / 'checkpoint.pth')
+    main.main(parse_args([*flags, '--batch-size', '2', '--print-freq', '1']))          # 12 steps
+    out = capsys.readouterr().out
+    assert 'saved at step 4 of 6, an epoch has 12 now; training goes on at step 8' in out
+    assert '[ 9/12]' in out and '[ 8/12]' not in out
+
+
+def test_start_step_with_other_accum_steps(capsys):
+    training = build_trainer(parse_args(PLAIN))
+    for accum_steps, progress, start in ((2, None, 0), (2, {'step': 4, 'num_steps': 6}, 4),
+                                         (4, {'step': 6, 'num_steps': 6}, 6)):         # the last update may be smaller
+        training.accum_steps, training.progress = accum_steps, progress
+        assert training.start_step(6) == start and capsys.readouterr().out == ''
+    training.accum_steps, training.progress = 3, {'step': 4, 'num_steps': 6}
+    assert training.start_step(6) == 3 and training.progress == {'step': 3, 'num_steps': 6}
+    assert 'goes on at step 3' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('sched', ['cosine', 'step'])
+def test_resume_with_other_hyperparameters(sched, capsys):
+    """As a run that had them from the start, while the moments of the optimizer stay."""
+    def training(*flags):
+        args = parse_args([*PLAIN, '--sched', sched, '--decay-epochs', '2', *flags])
+        return args, build_trainer(args)
+
+    def groups(training):
+        return [{name: value for name, value in group.items() if name != 'params'}
+                for group in training.optimizer.param_groups]
+
+    args, first = training('--epochs', '20', '--opt', 'sgd')
+    for parameter in first.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.optimizer.step()
+    first.lr_scheduler.step(4)
+    first.epoch = 5
+    saved = first.state_dict()
+    for flags in ([], ['--lr', '1e-4'], ['--epochs', '9'], ['--weight-decay', '0.3'], ['--batch-size', '32'],
+                  ['--momentum', '0.5']):
+        args, resumed = training('--epochs', '20', '--opt', 'sgd', *flags)
+        _, own = training('--epochs', '20', '--opt', 'sgd', *flags)
+        own.lr_scheduler.step(4)
+        resumed.resume(saved, 'a.pth')
+        assert groups(resumed) == groups(own) and (groups(own) == groups(first)) == (
+            not flags or (sched, flags[0]) == ('step', '--epochs')), flags
+        assert_same(resumed.optimizer.state_dict()['state'], first.optimizer.state_dict()['state'])
+        resumed.lr_scheduler.step(5)
+        own.lr_scheduler.step(5)
+        assert groups(resumed) == groups(own)
+
+
+def test_resume_with_a_plateau_schedule():
+    def training(*flags):
+        args = parse_args([*PLAIN, '--sched', 'plateau', '--warmup-lr', '1e-3', *flags])
+        return args, build_trainer(args)
+
+    args, first = training()
+    for epoch, accuracy in enumerate((10., 20., 15.)):
+        first.lr_scheduler.step(epoch, accuracy)
+    for group in first.optimizer.param_groups:
+        group['lr'] = 7e-4
+    first.epoch = 3
+    _, resumed = training('--weight-decay', '0.3', '--patience-epochs', '3', '--decay-rate', '0.5', '--min-lr', '1e-7')
+    resumed.resume(first.state_dict(), 'a.pth')
+    plateau = resumed.lr_scheduler.lr_scheduler
+    assert (plateau.best, plateau.num_bad_epochs) == (20., 1)
+    assert (plateau.patience, plateau.factor, set(plateau.min_lrs)) == (3, 0.5, {1e-7})
+    assert {group['lr'] for group in resumed.optimizer.param_groups} == {7e-4}
+    assert {group['weight_decay'] for group in resumed.optimizer.param_groups} == {0., 0.3}
+
+
+@pytest.mark.parametrize('where, accum_steps', [('training', 1), ('evaluation', 1), ('evaluation', 2)])
+def test_signal_and_resume_bit_for_bit(where, accum_steps, image_folder, tmp_path, monkeypatch,
+                                                       one_thread):
+    flags = [*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '2', '--resume', 'auto',
+             '--accum-steps', str(accum_steps)]
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole')]))
+    calls, function = [], 'train_one_epoch' if where == 'training' else 'evaluate'
+
+    def signal_and_call(*arguments, **options):
+        calls.append(signal.raise_signal(signal.SIGUSR1))
+        return original(*arguments, **options)
+
+    module = trainer if where == 'training' else main
+    original = getattr(module, function)
+    monkeypatch.setattr(module, function, signal_and_call)
+    with pytest.raises(Stopped) as stopped:
+        main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'stopped')]))
+    assert stopped.value.signum == signal.SIGUSR1 and len(calls) == 1
+    assert checkpoint(tmp_path / 'stopped')['progress']['step'] == (1 if where == 'training' else 3)
+    monkeypatch.setattr(module, function, original)
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'stopped')]))
+    assert_same(result(tmp_path / 'stopped'), result(tmp_path / 'whole'))
+
+
+def test_resume_from_a_checkpoint_that_does_not_fit(digits_run, tmp_path):
+    _, folder = digits_run
+    args = parse_args([*PLAIN, '--sched', 'plateau'])                      # which alone goes on with its scheduler
+    wrong = ('lr_scheduler', None), ('optimizer', None), ('epoch', 'x'), ('optimizer', {'param_groups': []})
+    for key, value in wrong:
+        training = build_trainer(args)
+        with pytest.raises(InputError, match='a.pth lacks a part'):
+            training.resume(checkpoint(folder) | {key: value}, 'a.pth')
+    with pytest.raises(InputError, match='trained with --opt adamw'):
+        load_run(str(folder / 'checkpoint.pth'), vars(parse_args([*PLAIN, '--opt', 'sgd'])), evaluates_only=False)
+
+
+def test_order_keep_rate_evaluation_and_best_of_each_epoch(image_folder, tmp_path, monkeypatch):
+    orders, accuracies, best = [], iter([50., 70., 60.]), []
+    order = TrainSampler.__iter__
+    monkeypatch.setattr(TrainSampler, '__iter__', lambda self: iter(orders.append(list(order(self))) or orders[-1]))
+    monkeypatch.setattr(Trainer, 'evaluate_epoch', lambda self: {'test_acc1': next(accuracies)})
+    monkeypatch.setattr(CheckpointWriter, 'write', lambda self, state, is_best: best.append(is_best))
+    main.main(parse_args([
+        *PLAIN, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '6', '--eval-interval', '2',
+        '--shrink_start_epoch', '1', '--shrink_epochs', '4', '--output_dir', str(tmp_path), '--sched', 'step',
+        '--decay-epochs', '2']))
+    lines = log_lines(tmp_path)
+    expected = [keep_rate_at(3 * epoch + 2, 3, 1, 4, 0.7) for epoch in range(6)]
+    assert [line['train_keep_rate'] for line in lines] == expected and len(set(expected)) == 6
+    assert [key for share in orders for _, key in share] == [(0, epoch, i) for epoch in range(6) for i in range(24)]
+    assert len({tuple(index for index, _ in share) for share in orders}) == 6
+    assert ['test_acc1' in line for line in lines] == [False, True] * 3
+    assert best == [False, True, False, True, False, False]
+
+
+def test_moving_average(digits_run):
+    args = parse_args(PLAIN)
+    seed_all(0)
+    start = main.build_model(args, 10).state_dict()['blocks.5.mlp.fc1.weight']
+    state = checkpoint(digits_run[1])
+    model, ema = (state[key]['blocks.5.mlp.fc1.weight'] for key in ('model', 'model_ema'))
+    assert 0 < (ema - start).norm() < 0.01 * (model - start).norm()
+
+
+def test_grad_checkpointing_and_accumulation_flags():
+    args = parse_args([*TINY, '--grad-checkpointing', '--accum-steps', '4', '--lr', '1e-3'])
+    training = build_trainer(args)
+    assert training.model.grad_checkpointing and not main.build_model(parse_args(TINY), 10).grad_checkpointing
+    training.lr_scheduler.step(0)
+    assert training.optimizer.param_groups[0]['lr'] == pytest.approx(1e-3 * 64 * 4 / 512)
+
+
+@pytest.mark.parametrize('flags, expected', [
+    (['--reprob', '0'], None), ([], (0.25, True, False, 1)),
+    (['--remode', 'rand', '--recount', '3'], (0.25, False, True, 3)),
+    (['--reprob', '0.5', '--remode', 'const'], (0.5, False, False, 1))])
+def test_erasing_flags(flags, expected):
+    erase = build_trainer(parse_args([*TINY, *flags])).train_one_epoch.keywords['erase']
+    assert expected == (erase and (erase.probability, erase.per_pixel, erase.rand_color, erase.max_count))
+
+
+def images_logged(folder):
+    """[(tag, step, picture (H, W, 3))] of TensorBoard's files."""
+    return [(value.tag, event.step, open_picture(io.BytesIO(value.image.encoded_image_string)))
+            for event in events(folder) for value in event.summary.value if value.HasField('image')]
+
+
+def test_logged_masks_do_not_affect_training(image_folder, tmp_path):
+    flags = [*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '3', '--eval-interval', '2']
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'with')]))
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'without'), '--no-log-masks']))
+    images = images_logged(tmp_path / 'with')
+    assert [image[:2] for image in images] == [('masks', 1), ('masks', 2)] and not images_logged(tmp_path / 'without')
+    before, after = (image[2] for image in images)
+    assert before.shape == after.shape and not torch.equal(before, after)
+    inputs = [np.s_[40:200, left:left + 180] for left in (4, 796)]                     # the first column of each half
+    assert all(torch.equal(before[place], after[place]) and before[place].float().std() > 1 for place in inputs)
+    assert (before[40:200, 200:790] == 0).all(-1).any() and (after[40:200, 200:790] == 0).all(-1).any()
+    one, other = (checkpoint(tmp_path / name) for name in ('with', 'without'))
+    for state in one, other:
+        state.pop('args')
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize('flags, logs', [
+    ([], True), (['--output_dir', ''], False), (['--no-log-masks'], False), (['--model', 'deit_tiny_patch16_224'], False)],
+    ids=['EViT', 'no folder', 'off', 'DeiT'])
+def test_masks_are_logged_for_an_evit_with_a_folder(flags, logs, tmp_path):
+    args = parse_args(['--output_dir', str(tmp_path), '--device', 'cpu', *flags])
+    *_, mask_loader = main.build_loaders(args, CPU)
+    assert bool(mask_loader) == logs and (not logs or len(mask_loader.dataset) == 8)

@@ -1,0 +1,271 @@
+"""The state that a checkpoint holds, and the loop over epochs that changes it."""
+import datetime
+import time
+from functools import partial
+
+import numpy as np
+import torch
+from timm.data.random_erasing import RandomErasing
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import PlateauLRScheduler, create_scheduler
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import CheckpointWriter, load_weights
+from compiled_model import CompiledModel
+from distributed import StopSignal, Stopped, leave_process_group, log, rank, world_size
+from engine import check_weights, keep_rate_at, train_one_epoch
+from logger import RunLog, make_output_folder
+from models_evit import VARIANTS
+from utils import InputError, autocast
+from visualize_mask import draw_sheets
+
+# What the flags set in an optimizer, and what the scheduler of --sched plateau has found out
+HYPERPARAMETERS = {'lr', 'initial_lr', 'max_lr_snapshot', 'weight_decay', 'betas', 'beta1', 'betas_1d', 'eps',
+                   'momentum'}
+PLATEAU_STATE = {'best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch', '_last_lr'}
+
+
+class Trainer:
+    """A training run: the state that a checkpoint holds, and the loop over epochs that changes it.
+
+    Random numbers are not part of the state: every draw is a function of seed, epoch and position (`utils.seed_all`).
+
+    How a run continues within an epoch: `progress` is the state of the epoch's `Progress` after some update, with the
+    step reached and the sums for the log, of all processes. `start_step` finds the step of today's epoch that
+    corresponds to it. `TrainSampler.set_epoch` leaves out the samples of the steps before it, each with the same key as
+    ever, and `train_one_epoch` counts on from it. In a finished epoch that was not evaluated yet, no step is left.
+
+    Args:
+        args: the flags of main.py.
+        model: on the device.
+        device: torch.device.
+        amp_dtype: precision of autocast; torch.float32 for none.
+        criterion: (images, outputs, labels) → loss.
+        mixup: as in `train_one_epoch`.
+        loader_train: a `DeviceLoader` with a TrainSampler.
+        evaluate: `engine.evaluate` with the validation set and its settings.
+        mask_loader: a loader of the images that TensorBoard shows with what the model keeps; None for none.
+    """
+
+    def __init__(self, args, model, device, amp_dtype, criterion=None, mixup=None, loader_train=None, evaluate=None,
+                 mask_loader=None):
+        self.model, self.device, self.amp_dtype = model, device, amp_dtype
+        self.loader, self.evaluate, self.mask_loader = loader_train, evaluate, mask_loader
+        self.optimizer = build_optimizer(args, model)
+        self.lr_scheduler = build_scheduler(args, self.optimizer)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+        self.model_ema = None
+        if args.model_ema:
+            ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
+            self.model_ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
+        self.epoch, self.progress, self.best_acc1 = args.start_epoch, None, 0.
+
+        self.args = vars(args)                         # for the checkpoint
+        self.epochs, self.eval_interval, self.checkpoint_interval = (
+            args.epochs, args.eval_interval, args.checkpoint_interval)
+        self.batch_size, self.accum_steps = args.batch_size, args.accum_steps
+        self.output_dir, self.resumes, self.compiled = args.output_dir, bool(args.resume), args.compile
+        self.finetunes, self.distils = bool(args.finetune), args.distillation_type != 'none'
+        erase = None
+        if args.reprob:
+            erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
+        self.train_one_epoch = partial(
+            train_one_epoch, criterion=criterion, optimizer=self.optimizer, device=device, scaler=self.scaler,
+            amp_dtype=amp_dtype, seed=args.seed, erase=erase, mixup=mixup, model_ema=self.model_ema,
+            clip_grad=args.clip_grad, accum_steps=args.accum_steps, skip_nonfinite=args.skip_nonfinite,
+            print_freq=args.print_freq)
+        self.keep_rate_at = None
+        if args.model in VARIANTS:
+            self.keep_rate_at = partial(keep_rate_at, start_epoch=args.shrink_start_epoch,
+                                        shrink_epochs=args.shrink_epochs, base_keep_rate=args.base_keep_rate)
+
+    # --- The loop ---------------------------------------------------------------------------------------------------
+
+    def fit(self):
+        """Train to the last epoch; evaluate, log and save after each. Raises Stopped if a signal ends the run."""
+        model = CompiledModel(self.model, self.device) if self.compiled else self.model
+        if torch.distributed.is_initialized():
+            model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == 'cuda' else None)
+        start = time.perf_counter()
+        if self.epoch >= self.epochs:
+            log(f'Nothing is left to train: {self.epoch} of {self.epochs} epochs are done; another run needs another '
+                'output folder')
+        folder = make_output_folder(self.output_dir) if self.output_dir else None      # everywhere, to fail everywhere
+        folder = folder if rank() == 0 else None
+        with (StopSignal(self.device) as self.stop, CheckpointWriter(folder) as self.writer,
+              RunLog(folder, self.epoch, self.resumes) as self.run_log):
+            while self.epoch < self.epochs:
+                epoch, best = self.epoch, False
+                stats = self.train_epoch(model)
+                if (epoch + 1) % self.eval_interval == 0 or epoch + 1 == self.epochs:
+                    stats |= self.evaluate_epoch()
+                    self.log_masks()
+                    best = stats['test_acc1'] >= self.best_acc1
+                    self.best_acc1 = max(self.best_acc1, stats['test_acc1'])
+                    log(f'Max accuracy: {self.best_acc1:.2f}%')
+                self.lr_scheduler.step(epoch, stats.get('test_acc1'))
+                self.epoch, self.progress = epoch + 1, None
+                self.run_log.log_epoch(epoch, stats, sum(p.numel() for p in self.model.parameters() if p.requires_grad))
+                self.save_checkpoint(best)
+        log(f'Training time {datetime.timedelta(seconds=round(time.perf_counter() - start))}')
+
+    def train_epoch(self, model):
+        """Train `model`, which runs `self.model`, for the rest of the epoch; → figures for the log."""
+        num_steps = len(self.loader)
+
+        def keep_rate(step):
+            return self.keep_rate_at(self.epoch * num_steps + step, num_steps)
+
+        self.set_training_mode()
+        self.loader.sampler.set_epoch(self.epoch, self.start_step(num_steps) * self.batch_size)
+        progress = self.train_one_epoch(model, loader=self.loader, epoch=self.epoch, state=self.progress,
+                                        keep_rate=keep_rate if self.keep_rate_at else None,
+                                        after_update=self.after_update)
+        stats = progress.summary()
+        self.progress = progress.state_dict()
+        return {f'train_{key}': value for key, value in stats.items()}
+
+    def set_training_mode(self):
+        """Train mode; but eval mode while finetuning: the published recipe has no dropout and drop path there."""
+        self.model.train(not self.finetunes)
+        if self.distils:
+            # The flag of the model itself, not of its layers, makes timm's distilled models return both heads
+            self.model.training = True
+            self.model.set_distilled_training()
+
+    def start_step(self, num_steps):
+        """The step at which the epoch continues, 0 at its start; rescaled if its length or `accum_steps` changed."""
+        if not self.progress:
+            return 0
+        saved, of = self.progress['step'], self.progress['num_steps']
+        step = num_steps if saved == of else saved * num_steps // of // self.accum_steps * self.accum_steps
+        if (step, num_steps) != (saved, of):
+            log(f'note: the checkpoint was saved at step {saved} of {of}, an epoch has {num_steps} now; training goes '
+                f'on at step {step}')
+            self.progress = {**self.progress, 'step': step, 'num_steps': num_steps}
+        return step
+
+    def after_update(self, progress):
+        """Save at the interval, or save and stop if a signal asks for it."""
+        signum = self.stop.agreed()
+        if signum or progress.step // self.accum_steps % self.checkpoint_interval == 0:
+            self.progress = progress.state_dict()
+            check_weights(self.model, progress.title)
+            self.save_checkpoint()
+        if signum:
+            self.leave(signum)
+
+    def evaluate_epoch(self):
+        """Evaluate the model and its moving average; → figures for the log."""
+        stats = self.evaluate(self.model, after_batch=self.stop_evaluation)
+        if self.model_ema and next(self.model_ema.module.parameters()).device == self.device:
+            ema_stats = self.evaluate(self.model_ema.module, name='EMA network', after_batch=self.stop_evaluation)
+            stats |= {f'ema_{key}': value for key, value in ema_stats.items()}
+        return {f'test_{key}': value for key, value in stats.items() if not key.endswith('images')}
+
+    def stop_evaluation(self):
+        """Save and stop if a signal asks for it; the resumed run repeats the evaluation."""
+        signum = self.stop.agreed()
+        if signum:
+            self.save_checkpoint()
+            self.leave(signum)
+
+    def save_checkpoint(self, best=False):
+        """Start to write a checkpoint."""
+        state = self.state_dict()
+        self.writer.write(state, best)
+
+    def leave(self, signum):
+        """Stop all processes, once the first has written the checkpoint."""
+        self.writer.wait()
+        log('Stopped by a signal; '
+            + ('the state is saved' if self.output_dir else 'nothing is saved without --output-dir'))
+        leave_process_group()
+        raise Stopped(signum)
+
+    def log_masks(self):
+        """Show TensorBoard what the model keeps of the same validation images each time."""
+        if self.mask_loader:
+            classes = self.mask_loader.dataset.dataset.classes             # of the data set behind the Subset
+            with autocast(self.device, self.amp_dtype):
+                grid, _ = draw_sheets(self.model, self.mask_loader, classes)
+            self.run_log.log_image(self.epoch, 'masks', np.asarray(grid))
+
+    # --- The state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self):
+        """The checkpoint: all epochs before `self.epoch` are done, and `self.progress` of that one."""
+        scheduler = self.lr_scheduler.state_dict()
+        if isinstance(self.lr_scheduler, PlateauLRScheduler):              # which leaves out what it has found out
+            scheduler |= {'inner': self.lr_scheduler.lr_scheduler.state_dict(),
+                          'restore_lr': self.lr_scheduler.restore_lr}
+        return {
+            'model': self.model.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'lr_scheduler': scheduler,
+            'epoch': self.epoch - 1,
+            'progress': self.progress,
+            'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
+            'scaler': self.scaler.state_dict(),
+            'best_acc1': self.best_acc1,
+            'args': self.args,
+        }
+
+    def resume(self, checkpoint, source):
+        """Continue from a checkpoint; from one without an optimizer, only the weights are taken."""
+        load_weights(self.model, checkpoint['model'], source)
+        if self.model_ema and checkpoint.get('model_ema'):
+            load_weights(self.model_ema.module, checkpoint['model_ema'], f'model_ema of {source}')
+        elif self.model_ema:
+            self.model_ema.set(self.model)
+        if 'optimizer' not in checkpoint:
+            log(f'{source} has no optimizer: training starts at epoch {self.epoch} with its weights')
+            return
+        try:
+            self.epoch = checkpoint['epoch'] + 1
+            self.load_optimizer(checkpoint['optimizer'], checkpoint['lr_scheduler'])
+            if checkpoint.get('scaler'):
+                self.scaler.load_state_dict(checkpoint['scaler'])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f'{source} lacks a part, or is of another optimizer: {error!r}') from None
+        self.best_acc1, self.progress = checkpoint.get('best_acc1', 0.), checkpoint.get('progress')
+
+    def load_optimizer(self, optimizer, scheduler):
+        """Load the optimizer's moments; its hyperparameters come from the flags, the learning rate from the schedule.
+
+        Only --sched plateau continues with the saved learning rate, which depends on the accuracies so far.
+        """
+        plateau = isinstance(self.lr_scheduler, PlateauLRScheduler)
+        names = HYPERPARAMETERS - {'lr', 'initial_lr'} if plateau else HYPERPARAMETERS
+        settings = [{name: group[name] for name in names & group.keys()} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(optimizer)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if plateau:
+            found = scheduler.get('inner', scheduler)
+            self.lr_scheduler.lr_scheduler.load_state_dict({name: found[name] for name in PLATEAU_STATE & found.keys()})
+            self.lr_scheduler.restore_lr = scheduler.get('restore_lr')
+        elif self.epoch:
+            self.lr_scheduler.step(self.epoch - 1)
+
+
+def build_optimizer(args, model):
+    """timm's optimizer for the flags; the learning rate is scaled by the global batch size / 512."""
+    lr = args.lr * args.batch_size * args.accum_steps * world_size() / 512
+    fused = {'fused': True} if args.opt == 'adamw' else {}                 # one kernel for all tensors
+    try:
+        return create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr, **fused})
+    except (ValueError, AssertionError, IndexError, RuntimeError) as error:
+        raise InputError(f'--opt {args.opt} cannot be used here: {error}') from None
+
+
+def build_scheduler(args, optimizer):
+    """timm's learning rate schedule for the flags, at --start-epoch."""
+    try:
+        scheduler, _ = create_scheduler(args, optimizer)
+    except ValueError as error:
+        raise InputError(f'--sched {args.sched} cannot be used here: {error}') from None
+    if args.start_epoch:
+        scheduler.step(args.start_epoch - 1)
+    return scheduler
