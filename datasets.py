@@ -28,14 +28,22 @@ class Digits(Dataset):
     """scikit-learn's 1,797 scanned handwritten digits, 8×8 pixels in 17 grey levels: (RGB picture, label).
 
     The package contains them, so nothing is downloaded. 1,437 to train, 360 to validate, always the same.
+
+    Args:
+        train: which of the two.
+        transform: applied to the picture.
+        on_board: draw them on a dark grey board with a margin of 2 pixels, so 12×12, as a demo of which tokens are kept.
     """
     classes = [str(digit) for digit in range(10)]
 
-    def __init__(self, train, transform=None):
+    def __init__(self, train, transform=None, on_board=False):
         digits = load_digits()
         order = np.random.RandomState(0).permutation(len(digits.target))    # the scans are ordered by writer
         indices = order[:1437] if train else order[1437:]
         self.images = (digits.images[indices] * (255 / 16)).astype(np.uint8)
+        if on_board:
+            margin = np.pad(self.images, ((0, 0), (2, 2), (2, 2)))
+            self.images = (64 + margin * ((255 - 64) / 255)).astype(np.uint8)
         self.targets = digits.target[indices].tolist()
         self.transform = transform
 
@@ -115,7 +123,7 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
 
     Args:
         is_train: which of the two.
-        data_set: 'DIGITS', 'IMNET', 'CIFAR', 'INAT' or 'INAT19'.
+        data_set: 'DIGITS', 'BOARD_DIGITS', 'IMNET', 'CIFAR', 'INAT' or 'INAT19'.
         data_path: folder of the data set, which the digits do not need.
         use_lmdb: read `train.lmdb` or `val.lmdb` instead of a tree of image files.
         nb_classes: number of classes of an LMDB database of the original code, which does not store it.
@@ -127,8 +135,8 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
     transform = build_transform(is_train, data_set, input_size, fast_resize, **augmentation)
     decode = decode_pixels if is_train and fast_resize else decode_picture
     load = partial(load_image, decode=decode)
-    if data_set == 'DIGITS':
-        return Digits(is_train, transform)
+    if data_set in ('DIGITS', 'BOARD_DIGITS'):
+        return Digits(is_train, transform, on_board=data_set == 'BOARD_DIGITS')
     root, split = Path(data_path), 'train' if is_train else 'val'
     if not root.is_dir():
         raise InputError(f'--data-path {root} is not a folder')
@@ -197,7 +205,7 @@ def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=Fal
         fast_resize: `FastRandomResizedCrop` in training.
         color_jitter, aa, train_interpolation: as in timm's `create_transform`.
     """
-    digits = data_set == 'DIGITS'
+    digits = data_set in ('DIGITS', 'BOARD_DIGITS')
     unchanged = data_set == 'CIFAR' and input_size == 32                   # not resized: a shift replaces the crop
     if not is_train:
         size = (input_size, input_size) if digits or unchanged else int(256 / 224 * input_size)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Finetune to EViT.   ckpt=/path/to/deit_small.pth datapath=/path/to/imagenet logdir=/runs/b bash finetune.sh [more flags]
 #
-# With datapath: the paper's recipe from a DeiT-S checkpoint, for 8 GPUs. Without: the digits again, at a larger input
-# size, from what run_code.sh left (or from ckpt).
+# With datapath: the paper's recipe, from a DeiT-S checkpoint, for 8 GPUs. Without: the model of the digits at keep rate
+# 0.5, from the result of run_code.sh (or from ckpt).
 set -euo pipefail
 main=$(dirname "${BASH_SOURCE[0]}")/main.py
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -20,10 +20,12 @@ if [ -n "${datapath:-}" ]; then
         --shrink_start_epoch 0 --shrink_epochs 0)
 else
     ckpt=${ckpt:-runs/digits/checkpoint.pth}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}       # more threads are no faster for a model this small
     logdir=${logdir:-runs/digits_finetune}
-    recipe=(--model deit_tiny_patch16_shrink_base --base_keep_rate 0.7 --fuse_token
-        --data-set DIGITS --input-size 64 --batch-size 64 --num_workers 1 --eval-interval 2
-        --sched cosine --lr 6.4e-3 --min-lr 2e-6 --weight-decay 1e-6 --epochs 8 --warmup-epochs 0
+    recipe=(--model deit_tiny_patch16_shrink_base --base_keep_rate 0.5 --fuse_token --drop_loc 2,3,4
+        --model-kwargs patch_size=4 embed_dim=64 num_heads=4 depth=6
+        --data-set BOARD_DIGITS --input-size 32 --batch-size 32 --num_workers 1 --eval-interval 2
+        --sched cosine --lr 3.2e-3 --min-lr 2e-6 --weight-decay 1e-6 --epochs 8 --warmup-epochs 0
         --shrink_start_epoch 0 --shrink_epochs 0 --clip-grad 1 --no-model-ema
         --mixup 0 --cutmix 0 --aa '' --color-jitter 0 --reprob 0 --no-repeated-aug)
 fi

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from arguments import ArgumentParser, positive
 from decoding import load_image
-from lmdb_dataset import ImageFolderLMDB, encode_image, encode_tables, image_key, open_database
+from lmdb_dataset import ImageFolderLMDB, empty_record, encode_tables, image_key, open_database
 from utils import DataError, InputError, atomic_write, one_line
 
 __all__ = ['ImageFolderLMDB', 'convert', 'verify']     # ImageFolderLMDB: imported from here by older code
@@ -75,7 +75,7 @@ def _locked(path):
 
 def _write_database(path, files, tables, workers, bar):
     def read_records(indices):
-        return [(image_key(index), encode_image(_read_image(files[index]))) for index in indices]
+        return [(image_key(index), _read_record(files[index])) for index in indices]
 
     size = 0
     with (ThreadPoolExecutor(workers) as pool,
@@ -88,19 +88,19 @@ def _write_database(path, files, tables, workers, bar):
         _put(env, tables.items())
 
 
-def _read_image(path):
-    # os.open instead of open: half as many system calls, 1/8 off the time of a conversion
+def _read_record(path):
+    """The record of an image file. The file is read into it with few system calls, as they take a third of the time."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe waits for a writer
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode) or status.st_size >= MAX_SIZE:
             raise DataError(f'{path} is no image: it is not a regular file, or has 1 GiB or more')
-        data = os.read(file, status.st_size + 1)       # one byte more, to detect a file that grows
+        record, image = empty_record(status.st_size)
+        if os.readv(file, [image, bytearray(1)]) != status.st_size:            # one byte more, to detect growth
+            raise DataError(f'{path} changed while it was read; convert again')
+        return record
     finally:
         os.close(file)
-    if len(data) != status.st_size:
-        raise DataError(f'{path} changed while it was read; convert again')
-    return data
 
 
 def _put(env, items):

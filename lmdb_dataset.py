@@ -50,15 +50,29 @@ def image_key(index):
 
 
 def encode_image(data):
-    """Bytes of an image file → the value of its entry.
+    """Bytes of an image file → the value of its entry."""
+    record, image = empty_record(len(data))
+    image[:] = data
+    return record
 
-    The result equals `encode_column(pa.array([data]), IMAGE)`, but pyarrow makes one record only, and the others differ
-    from it in their sizes and images. With a call of pyarrow per image, a conversion takes a third longer.
+
+def empty_record(size):
+    """A record for an image of `size` bytes.
+
+    Once filled, it equals `encode_column(pa.array([data]), IMAGE)`. With a call of pyarrow per image, a conversion would
+    take a third longer. Therefore pyarrow makes one record only, and others differ from it in their sizes and images.
+
+    Returns:
+        (record, image): views of the record, and of its part to be filled with the bytes of the image file.
     """
     head, middle, tail = _constant_parts()
-    padding = bytes(-len(data) % 8)
-    return b''.join((head, struct.pack('<q', 8 + len(data) + len(padding)), middle, struct.pack('<q', len(data)),
-                     tail, struct.pack('<i', len(data)), data, padding))
+    padding = bytes(-size % 8)
+    frame = b''.join((head, struct.pack('<q', 8 + size + len(padding)), middle, struct.pack('<q', size),
+                      tail, struct.pack('<i', size)))
+    start, end = len(frame), len(frame) + size
+    record = memoryview(np.empty(end + len(padding), np.uint8))
+    record[:start], record[end:] = frame, padding
+    return record, record[start:end]
 
 
 @functools.cache

@@ -139,7 +139,7 @@ def get_args_parser():
 
     add = parser.add_argument_group('data').add_argument
     add('--data-path', help='folder of the data set')
-    add('--data-set', choices=['DIGITS', 'IMNET', 'CIFAR', 'INAT', 'INAT19'],
+    add('--data-set', choices=['DIGITS', 'BOARD_DIGITS', 'IMNET', 'CIFAR', 'INAT', 'INAT19'],
         help='None: IMNET (train/<class>/<image>, val/…) with --data-path, else DIGITS')
     add('--use-lmdb', action='store_true', help='read train.lmdb and val.lmdb instead of folders')
     add('--nb-classes', type=positive(int), default=1000,
@@ -206,9 +206,9 @@ def wrong_combinations(args):
         (token_flags and args.model not in VARIANTS,
          f'{", ".join(token_flags)}: {args.model} does not reorganise tokens; '
          f'take a model of models_evit.py or leave the flag out'),
-        (args.data_set != 'DIGITS' and not args.data_path and not args.only_test_speed,
+        ('DIGITS' not in args.data_set and not args.data_path and not args.only_test_speed,
          f'--data-set {args.data_set} needs --data-path'),
-        (args.data_set == 'DIGITS' and args.data_path is not None, '--data-set DIGITS takes no --data-path'),
+        ('DIGITS' in args.data_set and args.data_path is not None, f'--data-set {args.data_set} takes no --data-path'),
         (args.finetune == '', '--finetune names no checkpoint'),
         (args.use_lmdb and args.data_set != 'IMNET', '--use-lmdb goes with --data-set IMNET and --data-path'),
         (args.distillation_type != 'none' and not args.teacher_path,

@@ -30,6 +30,10 @@ def test_digits():
     pixels = sorted(image.tobytes() for image in (*train.images, *val.images))
     assert pixels == sorted((image * (255 / 16)).astype(np.uint8).tobytes() for image in load_digits().images)
     assert Digits(train=True).targets == train.targets and set(val.targets) == set(range(10))
+    board, _ = Digits(train=False, on_board=True)[3]
+    assert board.size == (12, 12) and (np.delete(np.asarray(board), np.s_[2:-2], 0) == 64).all()
+    expected = 64 + np.asarray(val[3][0]) * (191 / 255)
+    assert np.abs(np.asarray(board)[2:-2, 2:-2] - expected).max() < 1
     image, label = val[3]
     assert image.mode == 'RGB' and image.size == (8, 8) and label == val.targets[3]
 

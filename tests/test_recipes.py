@@ -18,14 +18,14 @@ def run_recipe(script, *flags, **variables):
 
 
 def test_recipes_of_the_digits(tmp_path):
-    quick = ['--epochs', '1', '--input-size', '32']
-    printed = run_recipe('run_code.sh', *quick, logdir=tmp_path / 'a')
-    assert 'deit_tiny_patch16_shrink_base' in printed and 'on the 360 test images' in printed
-    printed = run_recipe('finetune.sh', '--epochs', '1', '--input-size', '48', logdir=tmp_path / 'b',
+    printed = run_recipe('run_code.sh', '--epochs', '2', '--warmup-epochs', '0', '--shrink_start_epoch', '0',
+                         logdir=tmp_path / 'a')
+    assert '308,042 parameters' in printed and 'on the 360 test images' in printed
+    printed = run_recipe('finetune.sh', '--epochs', '1', '--lr', '0', '--min-lr', '0', logdir=tmp_path / 'b',
                          ckpt=tmp_path / 'a' / 'checkpoint.pth')
-    assert 'resized pos_embed from 2×2 patches to 3×3' in printed
-    first, second = (json.loads((tmp_path / name / 'log.txt').read_text()) for name in 'ab')
-    assert first['test_acc1'] > 10 and second['train_keep_rate'] == 0.7
+    first, second = (json.loads((tmp_path / name / 'log.txt').read_text().splitlines()[-1]) for name in 'ab')
+    assert second['train_keep_rate'] == 0.5 and first['test_acc1'] > 20
+    assert abs(second['test_acc1'] - first['test_acc1']) < 15              # the same weights at another keep rate
 
 
 def test_recipes_of_the_paper(image_folder, tmp_path):
