@@ -74,6 +74,7 @@ def _locked(path):
 
 
 def _write_database(path, files, tables, workers, bar):
+    """Write the entries to a new LMDB file: the records of the image `files`, then the `tables`."""
     def read_records(indices):
         return [(image_key(index), _read_record(files[index])) for index in indices]
 
@@ -89,7 +90,7 @@ def _write_database(path, files, tables, workers, bar):
 
 
 def _read_record(path):
-    """The record of an image file. The file is read into it with few system calls, as they take a third of the time."""
+    """The record of an image file, read without a copy. With `read_file`, converting takes a tenth longer."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe waits for a writer
     try:
         status = os.fstat(file)

@@ -59,7 +59,7 @@ def encode_image(data):
 def empty_record(size):
     """A record for an image of `size` bytes.
 
-    Once filled, it equals `encode_column(pa.array([data]), IMAGE)`. With a call of pyarrow per image, a conversion would
+    Once filled, it equals `encode_column(pa.array([data]), IMAGE)`. With a call of pyarrow per image, converting would
     take a third longer. Therefore pyarrow makes one record only, and others differ from it in their sizes and images.
 
     Returns:
