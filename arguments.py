@@ -1,6 +1,14 @@
 """Command lines: types of arguments, and a parser whose errors are one line."""
 import argparse
+import ast
 import math
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """argparse's that adds defaults to the help, except empty ones."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, '', []) else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -14,7 +22,7 @@ def number(kind, is_valid, expected):
     """An argparse type: a finite number of `kind` for which `is_valid(value)`, described by `expected`."""
     def parse(text):
         value = kind(text)
-        if not (is_valid(value) and math.isfinite(value)):
+        if not (is_valid(value) and -math.inf < value < math.inf):
             raise argparse.ArgumentTypeError(f'must be {expected}, not {text}')
         return value
 
@@ -24,7 +32,7 @@ def number(kind, is_valid, expected):
 
 def within(low, high=math.inf, kind=float):
     """An argparse type: a number of `kind` from `low` to `high`."""
-    expected = f'from {low:g} to {high:g}' if high < math.inf else f'{low:g} or more'
+    expected = f'from {low} to {high}' if high < math.inf else f'{low} or more'
     return number(kind, lambda value: low <= value <= high, expected)
 
 
@@ -45,6 +53,17 @@ def block_numbers(text):
         return tuple(int(item) for item in inside.rstrip(', ').split(','))
     except ValueError:
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of block numbers such as 3,6,9') from None
+
+
+def key_value(text):
+    """An argparse type: KEY=VALUE → (key, value). The value is a number or another literal, or else text."""
+    key, equals, value = text.partition('=')
+    if not (key.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f'{text!r} is not KEY=VALUE, such as patch_size=8')
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return key, value
 
 
 def with_dashes(flag):

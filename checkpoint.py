@@ -52,8 +52,8 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_):
-        self.wait()
-        self.pool.shutdown()
+        with self.pool:
+            self.wait()
 
 
 def copy_to_cpu(value):
@@ -208,7 +208,8 @@ def check_records(file, source):
     """
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            if archive.testzip() or any(record.external_attr & 0x10 for record in archive.infolist()):
+            if archive.testzip() or any(record.external_attr & 0x10 and not record.is_dir()
+                                        for record in archive.infolist()):
                 raise DamagedCheckpoint(f'checkpoint {source} is damaged: a record does not match its checksum')
     file.seek(0)
 
@@ -225,7 +226,7 @@ def load_run(source, settings, evaluates_only):
     """
     checkpoint = load_checkpoint(source)
     trained = checkpoint.get('args') or {}
-    if not isinstance(trained, dict):                  # of the original code, whose lr is the scaled one
+    if isinstance(trained, argparse.Namespace):        # of the original code, whose lr is the scaled one
         trained = {name: value for name, value in vars(trained).items() if name != 'lr'}
     model = 'model', 'input_size', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'drop_loc'
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',

@@ -43,8 +43,8 @@ class CompiledModel(nn.Module):
         self.train_graph = compile_whole(dynamic=False)
         self.eval_graph = compile_whole(dynamic=False, mode=replay)
         self.shrinking_graph = compile_whole()
-        # torch's limit of 8 graphs is too low where blocks begin to drop tokens one after another. DDP must not split
-        # the model into several graphs: the token counts would be variables between them.
+        # torch's default limit of 8 graphs is too low where blocks begin to drop tokens one after another. DDP must not
+        # split the model into several graphs: the token counts would be variables between them.
         self.settings = torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False)
 
     def forward(self, images, keep_rate=None):

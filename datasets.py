@@ -19,6 +19,7 @@ from decoding import decode_picture, decode_pixels, load_image
 from lmdb_dataset import ImageFolderLMDB
 from utils import InputError, seed_all
 
+DIGITS = 'DIGITS', 'BOARD_DIGITS'
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
 
 
@@ -32,7 +33,7 @@ class Digits(Dataset):
     Args:
         train: which of the two.
         transform: applied to the picture.
-        on_board: draw them on a dark grey board with a margin of 2 pixels, so 12×12, as a demo of which tokens are kept.
+        on_board: on a dark grey board with a margin of 2 pixels, so 12×12: a demo of which tokens are kept.
     """
     classes = [str(digit) for digit in range(10)]
 
@@ -135,7 +136,7 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
     transform = build_transform(is_train, data_set, input_size, fast_resize, **augmentation)
     decode = decode_pixels if is_train and fast_resize else decode_picture
     load = partial(load_image, decode=decode)
-    if data_set in ('DIGITS', 'BOARD_DIGITS'):
+    if data_set in DIGITS:
         return Digits(is_train, transform, on_board=data_set == 'BOARD_DIGITS')
     root, split = Path(data_path), 'train' if is_train else 'val'
     if not root.is_dir():
@@ -205,7 +206,7 @@ def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=Fal
         fast_resize: `FastRandomResizedCrop` in training.
         color_jitter, aa, train_interpolation: as in timm's `create_transform`.
     """
-    digits = data_set in ('DIGITS', 'BOARD_DIGITS')
+    digits = data_set in DIGITS
     unchanged = data_set == 'CIFAR' and input_size == 32                   # not resized: a shift replaces the crop
     if not is_train:
         size = (input_size, input_size) if digits or unchanged else int(256 / 224 * input_size)

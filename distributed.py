@@ -315,7 +315,10 @@ def ignore_stop_signals(worker):
 
 
 def kill_workers():
-    """Kill the DataLoader workers that a failed run leaves: they ignore the SIGTERM of multiprocessing's exit hook."""
+    """Kill the DataLoader workers that a failed run leaves: they ignore the SIGTERM of multiprocessing's exit hook.
+
+    For the exit of the interpreter. Earlier, a worker may die with a lock that shutting down its DataLoader waits for.
+    """
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)                      # torch's handler would report their death

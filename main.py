@@ -3,6 +3,7 @@
 The same path serves a CPU, one GPU and, started by torchrun or srun, many GPUs.
 """
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -12,14 +13,13 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.layers import to_2tuple
-from timm.utils import ParseKwargs
 from torch.utils.data import Subset
 
-from arguments import (ArgumentParser, block_numbers, count, non_negative, positive, rate, share, with_dashes,
-                       within)
+from arguments import (ArgumentParser, HelpFormatter, block_numbers, count, key_value, non_negative, positive, rate,
+                       share, with_dashes, within)
 from benchmark import macs, throughput
 from checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights
-from datasets import INAT_CATEGORIES, SeededDataset, build_dataset, build_loader, check_same_classes, spread
+from datasets import DIGITS, INAT_CATEGORIES, SeededDataset, build_dataset, build_loader, check_same_classes, spread
 from distributed import (Stopped, exit_failed, ignore_stop_signals, init_process_group, kill_workers,
                          leave_process_group, log, rank, world_size)
 from engine import evaluate
@@ -35,30 +35,21 @@ TOKEN_DEFAULTS = {'fuse_token': False, 'drop_loc': (3, 6, 9), 'shrink_start_epoc
 DATASET = ('data_set', 'data_path', 'use_lmdb', 'nb_classes', 'inat_category', 'input_size', 'fast_resize',
            'color_jitter', 'aa', 'train_interpolation')
 LOGGED_MASKS = 8
+RESERVED = {'in_chans', 'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'img_size'}
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
 
-class ModelKwargs(ParseKwargs):
-    """timm's ParseKwargs, but what is not KEY=VALUE is an argument error."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        wrong = [value for value in values if not value.partition('=')[0].isidentifier() or '=' not in value]
-        if wrong:
-            parser.error(f'argument --model-kwargs: {wrong[0]!r} is not KEY=VALUE, such as patch_size=8')
-        super().__call__(parser, namespace, values, option_string)
-
-
 def get_args_parser():
     parser = ArgumentParser(description='EViT: training and evaluation', allow_abbrev=False,
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                            formatter_class=HelpFormatter)
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group('tokens (EViT models only; the defaults depend on the model)').add_argument
-    add('--base-keep-rate', type=rate, help="fraction of tokens that a reorganising block keeps (None: the model's)")
-    add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (None: off)')
-    add('--drop-loc', type=block_numbers, help='blocks that reorganise tokens, from 0 (None: 3,6,9)')
-    add('--shrink-start-epoch', type=count, help='epoch in which the keep rate starts to fall from 1 (None: 10)')
-    add('--shrink-epochs', type=count, help='epochs in which it falls to the base keep rate (None: 0)')
+    add('--base-keep-rate', type=rate, help="fraction of tokens that a reorganising block keeps (default: the model's)")
+    add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (default: off)')
+    add('--drop-loc', type=block_numbers, help='blocks that reorganise tokens, from 0 (default: 3,6,9)')
+    add('--shrink-start-epoch', type=count, help='epoch in which the keep rate starts to fall from 1 (default: 10)')
+    add('--shrink-epochs', type=count, help='epochs in which it falls to the base keep rate (default: 0)')
 
     add = parser.add_argument_group('modes').add_argument
     add('--eval', action='store_true', help='evaluate a checkpoint and exit')
@@ -69,8 +60,8 @@ def get_args_parser():
 
     add = parser.add_argument_group('model').add_argument
     add('--model', default='deit_small_patch16_shrink_base', help='a model of models_evit.py or any timm model')
-    add('--model-kwargs', nargs='+', default={}, action=ModelKwargs, metavar='KEY=VALUE',
-        help='more arguments of the model, such as patch_size=8 embed_dim=96')
+    add('--model-kwargs', nargs='+', default=[], action='extend', type=key_value, metavar='KEY=VALUE',
+        help='more arguments of the model that have no flag, such as patch_size=8 embed_dim=96')
     add('--input-size', type=positive(int), default=224, help='pixels')
     add('--drop', type=share, default=0.0, help='dropout rate of the head')
     add('--drop-path', type=within(0, 0.99), default=0.1, help='stochastic depth rate')
@@ -85,8 +76,8 @@ def get_args_parser():
     add = parser.add_argument_group('optimizer').add_argument
     add('--opt', default='adamw', help='name of a timm optimizer')
     add('--opt-eps', type=float, default=1e-8, help='epsilon')
-    add('--opt-betas', type=float, nargs=2, help="betas (None: the optimizer's own)")
-    add('--clip-grad', type=non_negative, help='maximum norm of the gradient (None: no clipping)')
+    add('--opt-betas', type=float, nargs=2, help="betas (default: the optimizer's own)")
+    add('--clip-grad', type=non_negative, help='maximum norm of the gradient (default: no clipping)')
     add('--momentum', type=float, default=0.9, help='momentum of SGD and its like')
     add('--weight-decay', type=non_negative, default=0.05, help='weight decay')
 
@@ -139,8 +130,8 @@ def get_args_parser():
 
     add = parser.add_argument_group('data').add_argument
     add('--data-path', help='folder of the data set')
-    add('--data-set', choices=['DIGITS', 'BOARD_DIGITS', 'IMNET', 'CIFAR', 'INAT', 'INAT19'],
-        help='None: IMNET (train/<class>/<image>, val/…) with --data-path, else DIGITS')
+    add('--data-set', choices=[*DIGITS, 'IMNET', 'CIFAR', 'INAT', 'INAT19'],
+        help='default: IMNET (train/<class>/<image>, val/…) with --data-path, else DIGITS')
     add('--use-lmdb', action='store_true', help='read train.lmdb and val.lmdb instead of folders')
     add('--nb-classes', type=positive(int), default=1000,
         help='number of classes of an LMDB database of the original code, which does not store it')
@@ -168,7 +159,8 @@ def get_args_parser():
     add('--dist-eval', action='store_true', help='share the evaluation among the processes')
     add('--world-size', type=positive(int), default=1, help='number of processes, unless the environment has it')
     add('--dist-url', default='env://', help='where the processes meet')
-    add('--dist-timeout', type=within(1, 10 ** 6), default=600, help='seconds to wait for a process before giving it up')
+    add('--dist-timeout', type=within(1, 10 ** 6), default=600,
+        help='seconds to wait for a process before giving it up')
     return parser
 
 
@@ -181,6 +173,7 @@ def parse_args(argv, parser=None):
     """
     parser = parser or get_args_parser()
     args = parser.parse_args([with_dashes(text) if text.startswith('--') else text for text in argv])
+    args.model_kwargs = dict(args.model_kwargs)
     if args.data_set is None:
         args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
     for wrong, message in wrong_combinations(args):
@@ -206,9 +199,9 @@ def wrong_combinations(args):
         (token_flags and args.model not in VARIANTS,
          f'{", ".join(token_flags)}: {args.model} does not reorganise tokens; '
          f'take a model of models_evit.py or leave the flag out'),
-        ('DIGITS' not in args.data_set and not args.data_path and not args.only_test_speed,
+        (args.data_set not in DIGITS and not args.data_path and not args.only_test_speed,
          f'--data-set {args.data_set} needs --data-path'),
-        ('DIGITS' in args.data_set and args.data_path is not None, f'--data-set {args.data_set} takes no --data-path'),
+        (args.data_set in DIGITS and args.data_path is not None, f'--data-set {args.data_set} takes no --data-path'),
         (args.finetune == '', '--finetune names no checkpoint'),
         (args.use_lmdb and args.data_set != 'IMNET', '--use-lmdb goes with --data-set IMNET and --data-path'),
         (args.distillation_type != 'none' and not args.teacher_path,
@@ -233,6 +226,7 @@ def build_loaders(args, device):
 
     The first and the last are None if the run does not need them.
     """
+    atexit.register(kill_workers)                      # as they ignore the signal that would end them
     options = {name: getattr(args, name) for name in DATASET}
     load = partial(build_loader, device=device, num_workers=args.num_workers, pin_memory=args.pin_mem,
                    channels_last=args.channels_last, worker_init_fn=ignore_stop_signals)
@@ -259,17 +253,22 @@ def build_model(args, num_classes):
                'base_keep_rate': args.base_keep_rate, 'fuse_token': args.fuse_token, 'drop_loc': args.drop_loc}
     if timm.get_pretrained_cfg(args.model).fixed_input_size:
         options['img_size'] = args.input_size
-    options |= args.model_kwargs
-    try:
-        model = timm.create_model(args.model, **options)
-    except TypeError as error:
-        # Some timm models have no stochastic depth
-        if "'drop_path_rate'" not in str(error) or 'drop_path_rate' in args.model_kwargs:
-            raise InputError(f'--model {args.model}: {one_line(error)}; see --model-kwargs') from None
-        log(f'note: {args.model} takes no --drop-path')
-        model = timm.create_model(args.model, **{**options, 'drop_path_rate': None})
-    except (ValueError, AssertionError) as error:
-        raise InputError(f'--model {args.model}: {error}') from None
+    for key in args.model_kwargs:
+        if key in options or key in RESERVED:
+            raise InputError(f'--model-kwargs cannot set {key}: it has a flag of its own, or follows from the data')
+    while True:
+        try:
+            model = timm.create_model(args.model, **options, **args.model_kwargs)
+            break
+        except Exception as error:
+            if "'drop_path_rate'" in str(error) and options['drop_path_rate'] is not None:
+                log(f'note: {args.model} takes no --drop-path')
+                options['drop_path_rate'] = None
+            elif args.model_kwargs or isinstance(error, (ValueError, AssertionError)):
+                given = f' with --model-kwargs {args.model_kwargs}' if args.model_kwargs else ''
+                raise InputError(f'--model {args.model}{given}: {one_line(error)}') from None
+            else:
+                raise
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing()
@@ -334,6 +333,7 @@ def main(args):
         trainer = Trainer(args, model, device, amp_dtype, criterion, mixup, loader_train, evaluate_model, mask_loader)
         if checkpoint:
             trainer.resume(checkpoint, source)
+        del checkpoint                                 # as large as all of the trainer's state
         trainer.fit()
 
 
@@ -392,8 +392,6 @@ def run(argv=None, parser=None):
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         exit_failed('main.py', error)
-    finally:
-        kill_workers()
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ def get_args_parser(folder='that of the job'):
     add('--nodes', type=positive(int), default=1, help='number of nodes')
     add('--timeout', type=positive(int), default=2880, help='time limit in minutes, after which the job is requeued')
     add('--job-dir', default='runs/submitit/%j',
-        help='folder of the logs, and of the run unless --output-dir is given, seen by all nodes; %%j: number of the job')
+        help='folder of the logs, and of the run without --output-dir, seen by all nodes; %%j: number of the job')
     add('--partition', help="None: the cluster's default")
     add('--comment', help='comment for the scheduler')
     add('--constraint', help='features that the nodes must have')

@@ -329,7 +329,7 @@ def parse_args(argv=None):
     parser.add_argument('--fuse-token', action=argparse.BooleanOptionalAction, default=True,
                         help='fuse the tokens that an EViT does not keep (default), or drop them')
     parser.add_argument('--compile', action='store_true', help='compile the models')
-    parser.add_argument('--channels-last', action='store_true', help='channels-last memory format for images and weights')
+    parser.add_argument('--channels-last', action='store_true', help='channels-last memory format')
     parser.add_argument('--train', action='store_true', help='measure whole training steps')
     parser.add_argument('--reference', action='store_true', help='also measure an EViT written the plain way')
     parser.add_argument('--csv', type=Path, metavar='FILE', help='write the table as CSV')

@@ -32,9 +32,10 @@ class Trainer:
     Random numbers are not part of the state: every draw is a function of seed, epoch and position (`utils.seed_all`).
 
     How a run continues within an epoch: `progress` is the state of the epoch's `Progress` after some update, with the
-    step reached and the sums for the log, of all processes. `start_step` finds the step of today's epoch that
-    corresponds to it. `TrainSampler.set_epoch` leaves out the samples of the steps before it, each with the same key as
-    ever, and `train_one_epoch` counts on from it. In a finished epoch that was not evaluated yet, no step is left.
+    step reached and the sums for the log, of all processes. `start_step` finds the corresponding step of the epoch,
+    whose length may have changed. `TrainSampler.set_epoch` leaves out the samples of the steps before it; the others
+    keep their keys. `train_one_epoch` counts on from that step. If the epoch was finished but not evaluated, no step is
+    left.
 
     Args:
         args: the flags of main.py.
@@ -65,8 +66,8 @@ class Trainer:
         self.epochs, self.eval_interval, self.checkpoint_interval = (
             args.epochs, args.eval_interval, args.checkpoint_interval)
         self.batch_size, self.accum_steps = args.batch_size, args.accum_steps
-        self.output_dir, self.resumes, self.compiled = args.output_dir, bool(args.resume), args.compile
-        self.finetunes, self.distils = bool(args.finetune), args.distillation_type != 'none'
+        self.output_dir, self.is_resumed, self.compiled = args.output_dir, bool(args.resume), args.compile
+        self.is_finetuning, self.is_distilling = bool(args.finetune), args.distillation_type != 'none'
         erase = None
         if args.reprob:
             erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
@@ -94,7 +95,7 @@ class Trainer:
         folder = make_output_folder(self.output_dir) if self.output_dir else None      # everywhere, to fail everywhere
         folder = folder if rank() == 0 else None
         with (StopSignal(self.device) as self.stop, CheckpointWriter(folder) as self.writer,
-              RunLog(folder, self.epoch, self.resumes) as self.run_log):
+              RunLog(folder, self.epoch, self.is_resumed) as self.run_log):
             while self.epoch < self.epochs:
                 epoch, best = self.epoch, False
                 stats = self.train_epoch(model)
@@ -128,8 +129,8 @@ class Trainer:
 
     def set_training_mode(self):
         """Train mode; but eval mode while finetuning: the published recipe has no dropout and drop path there."""
-        self.model.train(not self.finetunes)
-        if self.distils:
+        self.model.train(not self.is_finetuning)
+        if self.is_distilling:
             # The flag of the model itself, not of its layers, makes timm's distilled models return both heads
             self.model.training = True
             self.model.set_distilled_training()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 
-# --- Errors -------------------------------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------------------------
 
 class InputError(Exception):
     """Wrong input. The message says in one line what is wrong and what to do; the exit status is 2."""

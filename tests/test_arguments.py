@@ -2,11 +2,14 @@ import argparse
 
 import pytest
 
-from arguments import ArgumentParser, block_numbers, count, non_negative, positive, rate, share, with_dashes, within
+from arguments import (ArgumentParser, block_numbers, count, key_value, non_negative, positive, rate, share,
+                       with_dashes, within)
 
 
 @pytest.mark.parametrize('kind, right, wrong', [
-    (within(1, 3, int), {'1': 1, '3': 3}, ['0', '4', '1.5', 'x', '']),
+    (key_value, {'a=1': ('a', 1), 'a=(1, 2)': ('a', (1, 2)), 'a=b=c': ('a', 'b=c'), 'a=': ('a', ''),
+                 'a=True': ('a', True)}, ['a', '=1', 'a-b=1', '']),
+    (within(1, 3, int), {'1': 1, '3': 3}, ['0', '4', '1.5', 'x', '', '9' * 400]),
     (within(0.5), {'0.5': 0.5, '1e9': 1e9}, ['0.4', 'inf', 'nan']),
     (positive(int), {'1': 1}, ['0', '-1', '0.5']), (positive(float), {'1e-300': 1e-300}, ['0', '-1', 'inf', 'nan']),
     (count, {'0': 0, '2147483648': 2 ** 31}, ['-1', '2147483649']), (rate, {'1': 1., '0.7': 0.7}, ['0', '1.01', 'nan']),

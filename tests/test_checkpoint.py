@@ -86,6 +86,13 @@ def test_every_cut_and_every_flipped_bit(tmp_path):
     assert_same(load_checkpoint(str(path)), state)
 
 
+def test_checkpoint_zipped_by_another_program(tmp_path):
+    write_checkpoint({'model': {'w': torch.ones(2)}}, tmp_path)
+    shutil.unpack_archive(tmp_path / 'checkpoint.pth', tmp_path / 'a', 'zip')
+    path = shutil.make_archive(str(tmp_path / 'again'), 'zip', tmp_path / 'a')         # with entries for folders
+    assert load_checkpoint(path)['model']['w'].tolist() == [1, 1]
+
+
 def test_newest_undamaged_checkpoint(tmp_path, capsys):
     def found():
         return newest_checkpoint(str(tmp_path), torch.device('cpu'))

@@ -10,8 +10,10 @@ from PIL import Image
 import folder2lmdb
 import main
 from conftest import PLAIN, TINY, open_picture, run_main
+from datasets import Digits
 from main import parse_args
 from outputs import assert_same, checkpoint, log_lines
+from utils import InputError
 
 # --- Command line ---------------------------------------------------------------------------------------------------
 
@@ -111,9 +113,15 @@ def trees(image_folder, teacher, tmp_path):
     (['--use-lmdb', '--data-path', '{root}'], 'train.lmdb'),
     (['--compile'], 'g++'),
     (['--model-kwargs', 'patch_size'], "'patch_size' is not KEY=VALUE"),
+    (['--model-kwargs', '=3'], "'=3' is not KEY=VALUE"),
     (['--model-kwargs', 'no_such_argument=3'], 'no_such_argument'),
-    (['--model-kwargs', 'embed_dim=100'], '--model deit_tiny_patch16_shrink_base'),
+    (['--model-kwargs', 'embed_dim=100'], "with --model-kwargs {'embed_dim': 100}"),
+    (['--model-kwargs', 'patch_size=0'], '--model-kwargs'),
+    (['--model-kwargs', 'act_layer=no_such_layer'], 'no_such_layer'),
     (['--model-kwargs', 'patch_size=__import__("os").mkdir("made")'], '--model-kwargs'),
+    (['--model-kwargs', 'base_keep_rate=0.3'], 'cannot set base_keep_rate: it has a flag'),
+    (['--model-kwargs', 'num_classes=3'], 'cannot set num_classes'),
+    (['--model-kwargs', 'checkpoint_path=a.pth'], 'cannot set checkpoint_path'),
     (['--world_size', '2'], 'RANK')], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
 def test_wrong_input(flags, named, trees, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -153,6 +161,20 @@ def test_augmentation_of_training_and_validation():
 
 def accuracy_lines(printed):
     return [line for line in printed.splitlines() if line.startswith(('Accuracy', '* Acc@1'))]
+
+
+def test_flags_of_the_data_set(monkeypatch):
+    """Each reaches `build_dataset`."""
+    given = {'data_set': 'IMNET', 'data_path': 'a', 'use_lmdb': True, 'nb_classes': 7, 'inat_category': 'genus',
+             'input_size': 96, 'fast_resize': True, 'color_jitter': 0.1, 'aa': 'augmix',
+             'train_interpolation': 'random'}
+    flags = [word for name, value in given.items()
+             for word in ([f'--{name}'] if value is True else [f'--{name}', str(value)])]
+    calls = []
+    monkeypatch.setattr(main, 'build_dataset',
+                        lambda is_train, **options: calls.append((is_train, options)) or Digits(is_train))
+    main.build_loaders(parse_args([*flags, '--device', 'cpu']), torch.device('cpu'))
+    assert calls == [(True, given), (False, given)]
 
 
 def test_output_of_training(digits_run):
@@ -195,7 +217,7 @@ def test_training_by_two_processes(tmp_path):
     done = run_main(*PLAIN, '--epochs', '1', '--batch-size', '32', '--dist-eval', '--output_dir', tmp_path, processes=2)
     assert '2 process(es) on cpu' in done.stdout
     stats, = log_lines(tmp_path)
-    assert stats['test_acc1'] > 20 and len(accuracy_lines(done.stdout)) == 4                  # from the first process alone
+    assert stats['test_acc1'] > 20 and len(accuracy_lines(done.stdout)) == 4           # from the first process alone
 
 
 def test_same_weights_from_one_and_two_processes(image_folder, tmp_path):
@@ -296,7 +318,8 @@ def test_model_kwargs():
     model = main.build_model(args, 10)
     assert (model.patch_embed.num_patches, model.embed_dim, len(model.blocks)) == (36, 96, 10)
     assert type(model.blocks[0].mlp.act) is torch.nn.ReLU and model.global_pool == 'token'
-    assert 'drop_path_rate' not in args.model_kwargs and parse_args(TINY).model_kwargs == {}
+    twice = parse_args([*TINY, '--model-kwargs', 'depth=2', 'embed_dim=96', '--model-kwargs', 'depth=3'])
+    assert twice.model_kwargs == {'depth': 3, 'embed_dim': 96} and parse_args(TINY).model_kwargs == {}
 
 
 @pytest.mark.parametrize('name', ['inception_v3', 'vgg11', 'levit_128s', 'tiny_vit_5m_224', 'coat_tiny'])
@@ -305,6 +328,11 @@ def test_timm_models_without_stochastic_depth_or_patch_size(name):
     with torch.device('meta'):
         model = main.build_model(parse_args(['--model', name]), 7)
     assert model.num_classes == 7
+
+
+def test_wrong_model_kwargs_without_stochastic_depth():
+    with pytest.raises(InputError, match='no_such_argument'):
+        main.build_model(parse_args(['--model', 'vgg11', '--model-kwargs', 'no_such_argument=3']), 7)
 
 
 def test_speed_and_masks(digits_run, tmp_path, capsys):

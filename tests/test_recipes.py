@@ -24,7 +24,7 @@ def test_recipes_of_the_digits(tmp_path):
     printed = run_recipe('finetune.sh', '--epochs', '1', '--lr', '0', '--min-lr', '0', logdir=tmp_path / 'b',
                          ckpt=tmp_path / 'a' / 'checkpoint.pth')
     first, second = (json.loads((tmp_path / name / 'log.txt').read_text().splitlines()[-1]) for name in 'ab')
-    assert second['train_keep_rate'] == 0.5 and first['test_acc1'] > 20
+    assert second['train_keep_rate'] == 0.5 and first['test_loss'] < 2.4
     assert abs(second['test_acc1'] - first['test_acc1']) < 15              # the same weights at another keep rate
 
 

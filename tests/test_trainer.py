@@ -233,6 +233,14 @@ def test_erasing_flags(flags, expected):
     assert expected == (erase and (erase.probability, erase.per_pixel, erase.rand_color, erase.max_count))
 
 
+def test_flags_of_an_epoch():
+    """Each reaches `train_one_epoch`."""
+    expected = dict(seed=5, clip_grad=0.3, accum_steps=2, skip_nonfinite=4, print_freq=9, amp_dtype=torch.bfloat16)
+    flags = [f'--{name}={str(value).removeprefix("torch.")}' for name, value in expected.items()]
+    keywords = build_trainer(parse_args([*TINY, *flags])).train_one_epoch.keywords
+    assert {name: keywords[name] for name in expected} == expected
+
+
 def images_logged(folder):
     """[(tag, step, picture (H, W, 3))] of TensorBoard's files."""
     return [(value.tag, event.step, open_picture(io.BytesIO(value.image.encoded_image_string)))
@@ -257,8 +265,8 @@ def test_logged_masks_do_not_affect_training(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize('flags, logs', [
-    ([], True), (['--output_dir', ''], False), (['--no-log-masks'], False), (['--model', 'deit_tiny_patch16_224'], False)],
-    ids=['EViT', 'no folder', 'off', 'DeiT'])
+    ([], True), (['--output_dir', ''], False), (['--no-log-masks'], False),
+    (['--model', 'deit_tiny_patch16_224'], False)], ids=['EViT', 'no folder', 'off', 'DeiT'])
 def test_masks_are_logged_for_an_evit_with_a_folder(flags, logs, tmp_path):
     args = parse_args(['--output_dir', str(tmp_path), '--device', 'cpu', *flags])
     *_, mask_loader = main.build_loaders(args, CPU)
