@@ -362,11 +362,11 @@ def test_speed(args, model, device, amp_dtype):
 
 def visualize(args, model, dataset, device, amp_dtype, evaluate_model):
     """Write pictures of what the model keeps, each process its share of the images; print the accuracy on them."""
-    folder = make_output_folder(args.output_dir or 'visualization')
     images = spread(dataset, args.n_visualization)
     sampler = EvalSampler(images, world_size(), rank())
     loader = build_loader(images, sampler, args.batch_size, device, args.num_workers, args.pin_mem)
     sheet_loader = build_loader(Subset(images, range(min(SHEET_IMAGES, len(images)))), None, args.batch_size, device)
+    folder = make_output_folder(args.output_dir or 'visualization')
     numbers = iter(sampler)
     for batch, _ in loader:
         with autocast(device, amp_dtype):
