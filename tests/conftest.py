@@ -1,4 +1,4 @@
-"""What the tests share: the modules under test, reference weights, small data sets, main.py as a process."""
+"""Shared by the tests: import path, reference weights, small data sets, main.py as a process."""
 import json
 import math
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Settings under which a training step of the tiny model takes milliseconds
+# With these flags, a training step of the tiny model takes milliseconds
 TINY = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--input-size', '32', '--batch-size', '64',
         '--warmup-epochs', '0', '--shrink_start_epoch', '0', '--lr', '2.4e-3', '--num_workers', '0', '--device', 'cpu']
 PLAIN = [*TINY, '--mixup', '0', '--cutmix', '0', '--aa=', '--color-jitter', '0', '--reprob', '0', '--print-freq', '10']
@@ -24,7 +24,7 @@ PLAIN = [*TINY, '--mixup', '0', '--cutmix', '0', '--aa=', '--color-jitter', '0',
 def pytest_configure(config):
     config.addinivalue_line('markers', 'gpu: needs a CUDA device')
     workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
-    if workers > 1:                                    # with pytest -n; threads of one would wait for those of another
+    if workers > 1:                                    # pytest -n: use no more threads than there are cores
         os.environ['OMP_NUM_THREADS'] = str(max(1, os.cpu_count() // workers))
         torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
@@ -36,12 +36,12 @@ def pytest_collection_modifyitems(items):
 
 
 def reference(name):
-    """Figures of the original code, in float64 (tests/data)."""
+    """Reference values that the original code computed in float64, from tests/data."""
     return json.loads((ROOT / 'tests' / 'data' / name).read_text())
 
 
 def reference_weights(model):
-    """The weights that the reference figures are for: every tensor drawn from a generator seeded by its name."""
+    """The weights that produced the reference values. Each tensor is drawn from a generator seeded with its name."""
     return {key: torch.from_numpy(_reference_weight(key, tuple(value.shape)))
             for key, value in model.state_dict().items()}
 
@@ -64,7 +64,7 @@ def reference_images(seed, batch, size):
 
 
 def run_main(*arguments, processes=0, check=True):
-    """main.py as its users start it, by torchrun where `processes` are asked for; → CompletedProcess."""
+    """Run main.py as users do, with torchrun if `processes` is above 0. Return the CompletedProcess."""
     python = [sys.executable]
     if processes:
         python += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
@@ -77,20 +77,20 @@ def run_main(*arguments, processes=0, check=True):
 
 @pytest.fixture(scope='session')
 def digits_run(tmp_path_factory):
-    """A process that trained on the digits for an epoch, and its output folder."""
+    """One epoch of training on the digits: the CompletedProcess and the output folder."""
     folder = tmp_path_factory.mktemp('digits')
     return run_main(*PLAIN, '--epochs', '1', '--output_dir', folder), folder
 
 
 def open_picture(path):
-    """A picture as int (H, W, 3)."""
+    """Load an image file as an int tensor (H, W, 3)."""
     with Image.open(path) as picture:
         return torch.from_numpy(np.array(picture)).int()
 
 
 @pytest.fixture(scope='module')
 def one_thread():
-    """Models this small are slower on several threads, by far where the cores are shared."""
+    """Use one thread. Models this small are slower on several threads, much slower if the cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -99,9 +99,9 @@ def one_thread():
 
 @pytest.fixture
 def compiled_graphs(monkeypatch, request):
-    """A list of the graphs that torch.compile makes, which then run as they are: a compiler's work takes minutes.
+    """A list of the graphs that torch.compile captures. They run without code generation, which takes minutes.
 
-    With the parameter 'captured', not even their derivatives are traced.
+    With the parameter 'captured', AOTAutograd does not trace their derivatives either.
     """
     from torch._dynamo.backends.debugging import aot_eager
     graphs = []
@@ -121,7 +121,7 @@ def compiled_graphs(monkeypatch, request):
 
 @pytest.fixture(scope='session')
 def image_folder(tmp_path_factory):
-    """A tree of 3 classes, 24 training and 9 validation images, in which the colour tells the class."""
+    """An image folder with 3 classes, 24 training and 9 validation images. The colour of an image shows its class."""
     root = tmp_path_factory.mktemp('tree')
     generator = np.random.RandomState(0)
     for split, number in (('train', 8), ('val', 3)):

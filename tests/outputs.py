@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder, and the comparison of what two runs leave."""
+"""Read the output folder of a run, and compare the outputs of two runs."""
 import json
 import struct
 from pathlib import Path
@@ -16,13 +16,13 @@ def log_lines(folder):
 
 
 def result(folder):
-    """What must not depend on what happened to a run on its way.
+    """The outputs that must be the same for an undisturbed run and for an interrupted and resumed one.
 
-    The last and the best checkpoint, and but for times what log.txt and TensorBoard show.
+    The last and the best checkpoint, and all values except times in log.txt and TensorBoard.
     """
     checkpoints = [checkpoint(folder, name) for name in ('checkpoint.pth', 'best_checkpoint.pth')]
     for state in checkpoints:
-        del state['args']                                                  # which name the folder
+        del state['args']                                                  # args contain the output folder
     timeless = [{key: value for key, value in line.items() if not is_time(key)} for line in log_lines(folder)]
     return [*checkpoints, timeless, {tag: points for tag, points in tensorboard(folder).items() if not is_time(tag)}]
 
@@ -32,7 +32,10 @@ def is_time(name):
 
 
 def tensorboard(folder):
-    """tag → list of (step, value) as TensorBoard shows them: a run that begins again at a step hides what was there."""
+    """Map each tag to its list of (step, value), as TensorBoard shows it.
+
+    A resumed run hides the earlier values from its first step on.
+    """
     points = {}
     for event in events(folder):
         if event.session_log.status == event_pb2.SessionLog.START:
@@ -45,10 +48,10 @@ def tensorboard(folder):
 
 
 def events(folder):
-    """The events of TensorBoard's files, each of which may have been cut off."""
+    """Yield the events of all TensorBoard files. A file may end with a truncated event."""
     for path in sorted(Path(folder).glob('events.out.tfevents*'), key=lambda path: int(path.name.split('.')[3])):
         data = path.read_bytes()
-        while len(data) >= 12:                                             # length, its sum, event, its sum
+        while len(data) >= 12:                                             # length, its CRC, event, its CRC
             length, = struct.unpack_from('<Q', data)
             if len(data) < 16 + length:
                 break
@@ -57,7 +60,7 @@ def events(folder):
 
 
 def assert_same(a, b, where=''):
-    """Bit for bit, through dicts and sequences."""
+    """Assert that nested dicts and sequences of tensors and other values are equal, bit for bit."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where

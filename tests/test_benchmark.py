@@ -1,4 +1,4 @@
-"""Measuring one model: MACs against the paper, timed windows, the model's state afterwards."""
+"""benchmark.py: MACs compared with the paper, timed windows, the state of the model after a measurement."""
 import time
 import types
 import weakref
@@ -33,7 +33,7 @@ def tiny(**kwargs):
 
 
 class Recorder(nn.Module):
-    """Appends the conditions of each pass to `calls`; its logits are the images' means."""
+    """A model that appends the conditions of each pass to `calls` and returns the channel means of the images."""
 
     def __init__(self, calls=None, name='model', seconds=0.):
         super().__init__()
@@ -50,7 +50,7 @@ class Recorder(nn.Module):
 
 
 class PretendCuda(Protocol):
-    """A protocol for a GPU whose images are on the CPU."""
+    """A protocol for a GPU that creates its images on the CPU."""
 
     def images(self, seed=0):
         return protocol().images(seed)
@@ -150,15 +150,16 @@ def test_order_of_windows():
     slow, fast = paired_throughput([Recorder(calls, 'A', 0.004), Recorder(calls, 'B', 0.001)], 8, batch_size=2,
                                    window_seconds=0.01)
     turns = [call.name for call, before in zip(calls[1:], calls) if call.name != before.name]
-    assert turns == ['B'] + ['A', 'B'] * 5                  # check and warm-up of A, of B, then the windows
+    assert turns == ['B'] + ['A', 'B'] * 5                  # check and warm-up of A, then of B, then the windows
     assert fast.ratio_to(slow) > 1.5
 
 
 def test_ratio_on_a_machine_that_slows_down():
-    """Tenfold, for some of the windows."""
+    """In some windows, the machine is ten times slower."""
     ours, theirs = (Throughput(rates, protocol()) for rates in [(4., 4., .4, 2., .2), (2., 2., .2, 1., .1)])
     assert ours.ratio_to(theirs) == pytest.approx(2.)
-    assert Throughput((1., 8., 3.), protocol()).ratio_to(Throughput((1., 2., 3.), protocol())) == 1.   # medians: 1.5
+    # The ratio of the medians would be 1.5
+    assert Throughput((1., 8., 3.), protocol()).ratio_to(Throughput((1., 2., 3.), protocol())) == 1.
 
 
 def test_printed_line():
@@ -211,7 +212,7 @@ def test_mode_after_a_failure():
     (lambda x: x.mean((2, 3)) * torch.inf, 'finite'),
     (lambda x: x.mean((2, 3)).index_fill(1, torch.tensor([1]), torch.nan), 'finite'),
 ], ids=['constant', 'infinite', 'one-nan'])
-def test_output_of_no_real_model(output, message):
+def test_output_of_a_fake_model(output, message):
     model = nn.Identity()
     model.forward = output
     with pytest.raises(ValueError, match=message):
@@ -225,7 +226,7 @@ def test_output_of_a_real_model():
 
 
 class Node(torch.autograd.Function):
-    """The identity. `graphs` gets a weak reference to an object that lives as long as the graph."""
+    """The identity. It appends to `graphs` a weak reference to an object that lives as long as the graph."""
 
     @staticmethod
     def forward(ctx, x, graphs):
@@ -235,7 +236,7 @@ class Node(torch.autograd.Function):
 
 
 def test_graphs_of_the_check_with_gradients():
-    """Each is freed before the next pass: the check takes no more memory than a pass."""
+    """Each graph is freed before the next pass, so the check needs no more memory than one pass."""
     graphs, alive = [], []
 
     class Model(Recorder):
@@ -246,7 +247,7 @@ def test_graphs_of_the_check_with_gradients():
     check_real(Model(), protocol(gradients=True))
     assert alive == [0, 0] and len(graphs) == 2
     kept = Model()(torch.zeros(1, 3, 8, 8))
-    assert kept.requires_grad and graphs[-1]() is not None                         # the references detect a graph
+    assert kept.requires_grad and graphs[-1]() is not None                         # a reference detects a live graph
 
 
 @pytest.mark.parametrize('gradients', [False, True])
@@ -263,7 +264,7 @@ def test_images_in_channels_last():
 
 
 def test_two_training_steps():
-    """The weights move; their average follows by 1 − decay of the distance."""
+    """Each step changes the weights and moves their average towards them by (1 − decay) of the distance."""
     model, settings = tiny(num_classes=3).eval(), protocol(train=True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     step = measured_pass(model, settings)
@@ -273,7 +274,7 @@ def test_two_training_steps():
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
         assert not torch.equal(parameter, first[name]) and not torch.equal(first[name], before[name])
-        zero = before[name] == 0                            # only there are steps this small above rounding
+        zero = before[name] == 0                            # elsewhere, rounding hides steps this small
         torch.testing.assert_close(step.model_ema.module.get_parameter(name)[zero],
                                    0.00004 * (first[name] + parameter)[zero], rtol=0.01, atol=1e-13)
     assert not before['head.bias'].any()
@@ -314,7 +315,7 @@ def test_peak_memory_on_a_cpu():
 
 @pytest.mark.parametrize('limit, expected', [(40, 32), (1000, 64), (1, 1)])
 def test_largest_batch(limit, expected, monkeypatch):
-    """A quarter of the memory is 100 MiB, an image takes 1 MiB, more than `limit` images do not fit."""
+    """A quarter of the memory is 100 MiB. An image takes 1 MiB. More than `limit` images do not fit."""
     def memory(model, settings):
         assert not settings.compiled
         if settings.batch_size > limit:

@@ -30,7 +30,7 @@ def test_checkpoint_round_trip(tmp_path):
         loaded = load_checkpoint(str(tmp_path / name))
         assert torch.equal(loaded.pop('model')['w'], state['model']['w'])
         assert loaded == {'epoch': 2, 'args': state['args']}
-        assert torch.load(tmp_path / name, weights_only=True)['epoch'] == 2        # by plain torch.load
+        assert torch.load(tmp_path / name, weights_only=True)['epoch'] == 2        # plain torch.load reads it, too
         assert torch.load(tmp_path / name, weights_only=True, mmap=True)['epoch'] == 2
         assert (tmp_path / name).stat().st_mode & 0o002 == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ['best_checkpoint.pth', 'checkpoint.pth']
@@ -39,7 +39,7 @@ def test_checkpoint_round_trip(tmp_path):
 @pytest.mark.parametrize('links', [True, False])
 def test_previous_and_best_checkpoint(links, tmp_path, monkeypatch):
     if not links:
-        monkeypatch.setattr(os, 'link', lambda path, target: os.rmdir(path))           # fails by an OSError
+        monkeypatch.setattr(os, 'link', lambda path, target: os.rmdir(path))           # raises OSError
     for number in range(4):
         save(number, tmp_path, best=number == 1)
     files = {path.name: weights_of(path) for path in tmp_path.iterdir()}
@@ -63,9 +63,10 @@ def test_failed_save_keeps_the_checkpoints(function, tmp_path, monkeypatch):
 
 
 def test_every_cut_and_every_flipped_bit(tmp_path):
-    """Each is refused, or, if it hits padding or an unused field, loads the same values.
+    """Each damaged file is refused, or loads the same values if the damage is in padding or an unused field.
 
-    Of each byte bit 4, which marks a record as a directory, and one more. (With all bits it takes four times as long.)
+    Two bits of each byte are flipped: bit 4, which marks a record as a directory, and one other. All bits would take
+    four times as long.
     """
     state = {'model': {'w': torch.arange(5.)}, 'epoch': 3, 'args': {'drop_loc': (3, 6, 9)}}
     write_checkpoint(state, tmp_path)
@@ -89,7 +90,7 @@ def test_every_cut_and_every_flipped_bit(tmp_path):
 def test_checkpoint_zipped_by_another_program(tmp_path):
     write_checkpoint({'model': {'w': torch.ones(2)}}, tmp_path)
     shutil.unpack_archive(tmp_path / 'checkpoint.pth', tmp_path / 'a', 'zip')
-    path = shutil.make_archive(str(tmp_path / 'again'), 'zip', tmp_path / 'a')         # with entries for folders
+    path = shutil.make_archive(str(tmp_path / 'again'), 'zip', tmp_path / 'a')         # has entries for folders
     assert load_checkpoint(path)['model']['w'].tolist() == [1, 1]
 
 
@@ -110,7 +111,7 @@ def test_newest_undamaged_checkpoint(tmp_path, capsys):
     for name in ('checkpoint.pth', 'previous_checkpoint.pth'):
         (tmp_path / name).write_bytes(b'PK damaged')
     with pytest.raises(InputError, match='no other to go on from'):
-        found()                                      # rather than start a long run over
+        found()                                      # a long run must not start over
     assert (tmp_path / 'checkpoint.pth').exists()
 
 

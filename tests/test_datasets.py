@@ -40,7 +40,7 @@ def test_digits():
 
 @pytest.fixture
 def inat(tmp_path):
-    """Two genera in three species; species 7 comes first in the training annotations."""
+    """Three species of two genera. Species 7 comes first in the training annotations."""
     categories = [{'id': 7, 'name': 'b b', 'genus': 'b'}, {'id': 3, 'name': 'a a', 'genus': 'a'},
                   {'id': 5, 'name': 'b c', 'genus': 'b'}]
     (tmp_path / 'categories.json').write_text(json.dumps(categories))
@@ -102,7 +102,7 @@ def test_cifar_at_its_own_size():
 
 
 def normalized(images):
-    """A batch of uint8 images as it reaches the model."""
+    """A batch of uint8 images as the model receives it."""
     loader = DataLoader([(image, 0) for image in images], len(images))
     (batch, _), = DeviceLoader(loader, CPU)
     return batch
@@ -155,7 +155,7 @@ def test_broken_images(data, tmp_path):
 @pytest.mark.parametrize('options', [{}, {'train_interpolation': 'random'}, {'aa': ''}],
                          ids=['DeiT', 'random interpolation', 'colour jitter'])
 def test_training_images_equal_the_plain_transform(options):
-    """From the same draws, to the last bit."""
+    """With the same random draws, the images are equal bit for bit."""
     recipe = dict(color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic') | options
     plain = create_transform(96, is_training=True, color_jitter=recipe['color_jitter'], auto_augment=recipe['aa'],
                              interpolation=recipe['train_interpolation'])
@@ -187,7 +187,7 @@ def test_fast_resize_within_2_of_255(interpolation, decode):
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    """A tree with 30 JPEG files."""
+    """An image folder with 30 JPEG files in each split."""
     folder = tmp_path_factory.mktemp('photos')
     for split in ('train', 'val'):
         (folder / split / 'a').mkdir(parents=True)
@@ -199,7 +199,7 @@ def photos(tmp_path_factory):
 def batches(dataset, num_workers, epoch):
     sampler = TrainSampler(range(30), 1, 0, seed=3, repeated_aug=True)
     sampler.set_epoch(epoch)
-    torch.manual_seed(np.random.randint(1000))                                   # the state outside must not matter
+    torch.manual_seed(np.random.randint(1000))                                   # global random state has no effect
     return [images for images, _ in build_loader(SeededDataset(dataset), sampler, 10, CPU, num_workers)]
 
 
@@ -210,7 +210,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_position(fast_resize, phot
     assert len(alone) == 3
     for a, b, c, d in zip(alone, two, four, next_epoch, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c) and not torch.equal(a, d)
-    first, copy = alone[0][:2]                                                   # repeated augmentation: one picture
+    first, copy = alone[0][:2]                                                   # repeated augmentation of one picture
     assert not torch.equal(first, copy)
 
 
@@ -219,7 +219,7 @@ def test_validation_batches_equal_the_plain_pipeline(num_workers, photos):
     dataset = build_dataset(False, data_set='IMNET', data_path=photos, input_size=96)
     plain = torch.stack([image for image, _ in ImageFolder(photos / 'val', plain_transform(False, 96))])
     loader = build_loader(dataset, EvalSampler(dataset, 1, 0), 8, CPU, num_workers)
-    for _ in range(2):                                                           # workers stay for the second epoch
+    for _ in range(2):                                                           # workers persist in the second epoch
         ours = list(loader)
         assert [len(images) for images, _ in ours] == [8, 8, 8, 6] and ours[0][0].dtype == torch.float32
         assert torch.equal(torch.cat([images for images, _ in ours]), plain)
@@ -268,7 +268,7 @@ def test_batches_on_a_gpu(photos):
     on_gpu = []
     for images, labels in load(device=torch.device('cuda')):
         assert images.device.type == labels.device.type == 'cuda'
-        torch.cuda._sleep(50_000_000)                                            # the next copy overtakes this work
+        torch.cuda._sleep(50_000_000)                                            # the next copy overlaps this work
         on_gpu.append(images.clone())
     for ours, (images, _) in zip(on_gpu, load(device=CPU), strict=True):
         torch.testing.assert_close(ours.cpu(), images, rtol=0, atol=1e-6)

@@ -13,7 +13,7 @@ from utils import InputError
 
 @pytest.fixture
 def environment(monkeypatch):
-    """A function that sets the variables of launchers to those given, and to no others."""
+    """A function that sets the given variables of launchers and deletes all others."""
     def change(variables):
         for name in [*os.environ]:
             if name.startswith('SLURM_') or name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
@@ -24,7 +24,7 @@ def environment(monkeypatch):
     before = dict(os.environ)
     yield change
     for name in os.environ.keys() - before.keys():
-        del os.environ[name]                         # what srun's variables were taken over to
+        del os.environ[name]                         # variables that adopt_slurm has set
 
 
 SRUN = {'SLURM_PROCID': '1', 'SLURM_LOCALID': '0', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_STEP_NODELIST': 'n[7-8]',
@@ -41,7 +41,7 @@ TORCHRUN = {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_
     ({name: value for name, value in SRUN.items() if name != 'SLURM_PROCID'}, 'SLURM_PROCID'),
     (SRUN, 'MASTER_ADDR')], ids=str)
 def test_wrong_environment(variables, named, environment, monkeypatch):
-    monkeypatch.setenv('PATH', '')                   # there is no scontrol
+    monkeypatch.setenv('PATH', '')                   # scontrol is not found
     environment(variables)
     with pytest.raises(InputError, match=named) as error:
         init_process_group('cpu', timeout=1)
@@ -52,7 +52,7 @@ def test_single_process_without_a_launcher(environment, capsys):
     environment({'WORLD_SIZE': '1', 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_PROCID': '0'})
     assert init_process_group('cpu') == torch.device('cpu') and world_size() == 1
     assert not capsys.readouterr().out
-    environment({'SLURM_NTASKS': '2', 'SLURM_PROCID': '0'})                # in a batch script, which forgot srun
+    environment({'SLURM_NTASKS': '2', 'SLURM_PROCID': '0'})                # in a batch script, without srun
     init_process_group('cpu')
     assert 'the job has 2 tasks, but this process is alone' in capsys.readouterr().out
     with pytest.raises(InputError, match='RANK'):
@@ -76,7 +76,7 @@ def test_variables_of_srun(environment, tmp_path, monkeypatch):
 @pytest.mark.parametrize('signum', StopSignal.SIGNALS)
 def test_first_and_second_signal(signum, monkeypatch):
     statuses, handler = queue.Queue(), signal.getsignal(signum)
-    times, readings = iter([7., 7., 7.4, 7.6]), queue.Queue()              # of the first signal, which is read twice, …
+    times, readings = iter([7., 7., 7.4, 7.6]), queue.Queue()              # the first signal reads the clock twice
     other = signal.SIGUSR1 if signum == signal.SIGTERM else signal.SIGTERM
 
     def monotonic():
@@ -89,7 +89,7 @@ def test_first_and_second_signal(signum, monkeypatch):
         assert stop.agreed() == 0
         signal.raise_signal(signum)
         assert [readings.get(timeout=60) for _ in range(2)] == [7., 7.]
-        signal.raise_signal(other)                   # passed on by a launcher
+        signal.raise_signal(other)                   # forwarded by a launcher
         assert readings.get(timeout=60) == 7.4 and stop.agreed() == signum
         signal.raise_signal(signum)
         assert statuses.get(timeout=60) == 128 + signum

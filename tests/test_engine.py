@@ -23,7 +23,7 @@ def test_keep_rate_of_the_original(row):
 
 
 class Logits(torch.nn.Module):
-    """A model whose images are its logits."""
+    """A model that takes logits as images and scales them."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -34,7 +34,7 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.parametrize('num_classes', [3, 12])
-def test_evaluate_in_a_naive_loop(num_classes):
+def test_evaluate_against_a_naive_loop(num_classes):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(101, num_classes, generator=generator)
     labels = torch.randint(num_classes, (101,), generator=generator)
@@ -50,7 +50,7 @@ def test_evaluate_in_a_naive_loop(num_classes):
 
 @pytest.mark.parametrize('sharded', [False, True])
 def test_figures_of_several_processes(sharded, monkeypatch):
-    """The sums over them where each sees its share, else those of the first."""
+    """With `sharded`, the figures are sums over all processes. Otherwise they are those of the first process."""
     def of_others(factor):
         return lambda tensor, *_: tensor.mul_(factor) if tensor.dtype == torch.float64 else tensor
 
@@ -69,7 +69,7 @@ def train_epoch(model, loader, seed=0, **kwargs):
         **kwargs).summary()
 
 
-def test_gradient_descent_in_a_naive_loop():
+def test_gradient_descent_against_a_naive_loop():
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(8, 3, generator=generator), torch.arange(8) % 3
     model, expected = Logits(3), torch.ones(3, requires_grad=True)
@@ -104,7 +104,7 @@ def test_non_finite_loss():
 
 
 def broken_batches(number, broken):
-    """So many batches of one image, some of which are not numbers."""
+    """`number` batches of one image. Those whose index is in `broken` contain a NaN."""
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(1, 3, generator=generator), torch.tensor([i % 3])) for i in range(number)]
     for i in broken:
@@ -149,7 +149,7 @@ def test_rest_of_an_epoch():
 
 
 def test_non_finite_weight():
-    """Where the last step's loss was still finite, and the state would be saved."""
+    """The loss of the last step is still finite, but the updated weights are not and must not be saved."""
     class Overflowing(Logits):
         def forward(self, x):
             return x * torch.sqrt(self.scale - 1)                                      # the gradient at 0 is infinite
@@ -160,7 +160,7 @@ def test_non_finite_weight():
 
 
 def test_erasing_before_mixup():
-    """A constant, so that the learning of a step depends on nothing else; mixup sees what erasing made."""
+    """Erasing fills each batch with a random constant that depends on the seed. Mixup receives the erased images."""
     def run(seed):
         drawn = []
 
@@ -184,7 +184,7 @@ def test_erasing_before_mixup():
 
 
 def test_accumulated_steps():
-    """Of 5 batches of 2, two make an update, and the last one alone; processes meet only where there is one."""
+    """With 5 batches and two per update, the last update has one batch. Processes synchronise only at updates."""
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(10, 3, generator=generator), torch.arange(10) % 3)
     model, expected, apart = Logits(3), Logits(3), []

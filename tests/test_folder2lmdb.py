@@ -30,7 +30,7 @@ SCRIPT = Path(folder2lmdb.__file__)
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """The command line within this process: arguments → (status, standard output, standard error)."""
+    """Run the command line in this process: arguments → (status, standard output, standard error)."""
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['folder2lmdb.py', *map(str, arguments)])
         capsys.readouterr()
@@ -68,7 +68,7 @@ def test_conversion_as_a_process(tmp_path):
 
 
 def test_training_and_evaluation_from_tree_and_database(tmp_path, command):
-    """README's commands, on pictures of every mode and format."""
+    """The commands of the README, on images of every mode and format."""
     def figures(done):
         return [line for line in done.stdout.splitlines() if line.startswith(('Accuracy', '* Acc@1'))]
 
@@ -103,7 +103,7 @@ def test_order_of_records_with_threads(workers, tmp_path):
 
 @pytest.mark.parametrize('step', [2 ** 15, 2 ** 17])
 def test_growth_of_the_map(step, tmp_path, monkeypatch):
-    """From one page and from many, for records much smaller than a page, and larger than the map."""
+    """Maps of few and of many pages grow, for records much smaller than a page and for records larger than the map."""
     folder = tmp_path / 'train' / 'a'
     folder.mkdir(parents=True)
     sizes = [10] * 100 + [5000] * 100 + [300_000, 1, 2_000_000]
@@ -177,7 +177,7 @@ def test_existing_database_with_and_without_force(tree, database, command, monke
     (tree / 'bird' / 'grey.JPEG').rename(tree / 'bird' / 'black.JPEG')
     with monkeypatch.context() as too_small:
         too_small.setattr(folder2lmdb, 'MAP_STEP', 2 ** 15)
-        too_small.setattr(folder2lmdb, 'PAGE', 1)                                    # so that the map does not grow
+        too_small.setattr(folder2lmdb, 'PAGE', 1)                                    # the map does not grow
         status, _, err = command('--dir', tree.parent, '--splits', 'train', '--force')
     assert status == 2 and 'MAP_FULL' in err
     assert database.read_bytes() == before and len(os.listdir(tree.parent)) == 2
@@ -260,20 +260,20 @@ def test_verify_of_tree_and_database(tree, database, command):
 
 # --- Interrupted conversions ----------------------------------------------------------------------------------------
 
-NUMBER = 1500                                          # of images of 25 kB in the conversions below
+NUMBER = 1500                                          # images of 25 kB in each conversion below
 
 
 def convert_within(folder, limit=None, interrupt_at=None):
-    """The main function of a child process: convert.
+    """Convert the training images of a folder. The main function of a child process.
 
     Args:
-        limit: bytes that a file may have, which imitates a full disk.
+        limit: maximum size of a file in bytes, to imitate a full disk.
         interrupt_at: name of an image; when it is opened, the process receives SIGINT.
     """
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if interrupt_at:
-        signal.signal(signal.SIGINT, signal.default_int_handler)           # ignored in a shell's background jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)           # a shell's background jobs ignore SIGINT
         sys.addaudithook(lambda event, arguments: event == 'open' and str(arguments[0]).endswith(interrupt_at)
                          and os.kill(os.getpid(), signal.SIGINT))
     sys.argv = ['folder2lmdb.py', '--dir', folder, '--splits', 'train']
@@ -282,7 +282,7 @@ def convert_within(folder, limit=None, interrupt_at=None):
 
 @pytest.fixture
 def child(tmp_path, monkeypatch):
-    """A function that starts a conversion in a process forked from one that has imported torch."""
+    """A function that starts a conversion in a child process. Its fork server has already imported folder2lmdb."""
     folder = tmp_path / 'train' / 'noise'
     folder.mkdir(parents=True)
     noise = np.random.RandomState(0).randint(0, 256, (96, 96, 3), dtype=np.uint8)
@@ -318,7 +318,7 @@ def test_killed_conversions(tmp_path, child):
         process.join()
         assert process.exitcode in ((0,) if moment is None else (0, -signal.SIGKILL))
         duration = duration or time.perf_counter() - start
-        if final.exists():                             # complete before the kill
+        if final.exists():                             # completed before the kill
             assert len(ImageFolderLMDB(final)) == NUMBER
             final.unlink()
         else:

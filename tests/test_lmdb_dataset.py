@@ -24,7 +24,7 @@ from utils import InputError
 
 DATA = Path(__file__).parent / 'data'
 
-# Name → (mode, format): the names do not always tell the format, as in ImageNet
+# Name → (mode, format). As in ImageNet, the extension does not always match the format
 PICTURES = {
     'bird/grey.JPEG': ('L', 'JPEG'),
     'bird/cmyk.JPEG': ('CMYK', 'JPEG'),
@@ -68,7 +68,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def database(tree):
-    """Path of the database of `tree`."""
+    """Path of a database converted from `tree`."""
     folder2lmdb.convert(str(tree), f'{tree}.lmdb')
     return Path(f'{tree}.lmdb')
 
@@ -97,7 +97,7 @@ def test_names_round_trip():
 
 
 def test_format_as_documented(tree, database):
-    """Only lmdb and pyarrow read the database, following the docstring of lmdb_dataset.py."""
+    """Read the database with lmdb and pyarrow only, as described in the docstring of lmdb_dataset.py."""
     def column(key, name, kind):
         return pa.ipc.read_record_batch(entries[key], pa.schema([(name, kind)])).to_pydict()[name]
 
@@ -181,7 +181,7 @@ def test_pickled_dataset_and_unchanged_original(database):
     assert dataset.targets and dataset.samples
     opened = dataset._opened
     sent = pickle.dumps(dataset)
-    assert b'grey.JPEG' not in sent                    # neither the samples nor anything that is open
+    assert b'grey.JPEG' not in sent                    # neither samples nor the open database are sent
     copy = pickle.loads(sent)
     assert dataset._opened is opened
     for either in (copy, dataset):
@@ -192,7 +192,7 @@ def test_pickled_dataset_and_unchanged_original(database):
 @pytest.mark.parametrize('start, workers', [('fork', 2), ('spawn', 1)])
 def test_worker_processes(tree, database, start, workers):
     expected = [(pil_to_tensor(picture), label) for picture, label in ImageFolder(tree)]
-    # Two data sets of one file; the parent has opened and used one of them when the workers start
+    # Two data sets use one file. The parent has already read from one of them when the workers start
     datasets = [ImageFolderLMDB(database, transform=pil_to_tensor) for _ in range(2)]
     datasets[0].close()
     assert datasets[1][0][0].equal(expected[0][0])
@@ -200,7 +200,7 @@ def test_worker_processes(tree, database, start, workers):
     loader = DataLoader(together, batch_size=None, num_workers=workers, multiprocessing_context=start)
     for (picture, label), (expected_picture, expected_label) in zip(loader, expected * 2, strict=True):
         assert picture.equal(expected_picture) and label == expected_label
-    assert datasets[1][0][0].equal(expected[0][0])     # the parent's own still works
+    assert datasets[1][0][0].equal(expected[0][0])     # the parent's data set still works
 
 
 # --- Databases of the original code ---------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_legacy_number_of_records_other_than_stored(legacy):
 
 
 def with_length(value, length, wrong):
-    """The value of a record, in which the length of the image is replaced by a wrong one."""
+    """The value of a record, with the length of its image replaced by a wrong one."""
     before, after = value.rsplit(struct.pack('2i', 0, length), 1)
     return before + struct.pack('2i', 0, wrong) + after
 
@@ -318,7 +318,7 @@ def test_damaged_record(database):
         assert re.fullmatch(rf'{database}, index 3, key 0000000003 \(bird/rgb.JPEG\) does not decode: {reason}.*',
                             str(caught.value)), caught.value
         assert dataset[index + 1]
-        del dataset, caught                            # or the file stays open, and LMDB does not open a file twice
+        del dataset, caught                            # closes the file, which LMDB cannot open twice
     write_lmdb(database, {key: None, b'zzz': b''})
     with pytest.raises(InputError, match=r'index 3, .*\) does not decode: there is no such record'):
         ImageFolderLMDB(database)[index]

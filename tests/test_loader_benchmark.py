@@ -1,4 +1,4 @@
-"""Measuring the input pipeline: what is compared, images/s, the stages, the command line."""
+"""loader_benchmark.py: the compared pipelines, images/s, time per stage, command line."""
 import runpy
 import sys
 
@@ -25,7 +25,7 @@ def protocol(**changes):
 
 @pytest.fixture(scope='module')
 def both(image_folder, tmp_path_factory):
-    """A folder with image files, and databases of them."""
+    """A folder with image files and with databases of the same images."""
     folder = tmp_path_factory.mktemp('both')
     for split in ('train', 'val'):
         (folder / split).symlink_to(image_folder / split)
@@ -34,7 +34,7 @@ def both(image_folder, tmp_path_factory):
 
 
 def epoch(pipeline):
-    """The batches of an epoch."""
+    """All batches of one epoch."""
     return list(pipeline.batches(pipeline.dataset, 0))
 
 
@@ -55,7 +55,7 @@ def test_validation_images_of_all_pipelines(both):
 
 
 def test_names_of_pipelines(both, tmp_path):
-    """The plain one reads image files, or the database if there are none."""
+    """The plain pipeline reads image files, or the database if there are no image files."""
     training = list(pipelines(both, True, protocol()))
     assert [pipeline.name for pipeline in training] == [
         'train, ImageFolder, plain', 'train, ImageFolder', 'train, ImageFolder, --fast-resize',
@@ -68,7 +68,7 @@ def test_names_of_pipelines(both, tmp_path):
 
 
 def test_random_erasing(both, monkeypatch):
-    """Ours is applied to batches, the plain one in the transform, by the same settings."""
+    """Our pipelines erase in batches, the plain one in its transform, with the same settings."""
     monkeypatch.setattr(loader_benchmark, 'RandomErasing', lambda **settings: lambda images: images.zero_())
     plain, *ours = pipelines(both, True, protocol())
     assert not any(batch.any() for pipeline in ours for batch in epoch(pipeline))
@@ -79,7 +79,7 @@ def test_random_erasing(both, monkeypatch):
 
 
 def test_loading_rate(monkeypatch):
-    """A batch of 8 each 0.01 s."""
+    """One batch of 8 images every 0.01 s."""
     clock = [0.]
 
     def batches():
@@ -109,7 +109,7 @@ def test_stages(both):
 
 
 def test_command_line(both, capsys):
-    """By way of speed_test.py, which hands its flags over."""
+    """speed_test.py --loader passes its flags on to loader_benchmark.py."""
     assert speed_test.main(['--loader', '--data-path', str(both), *QUICK]) == 0
     header, titles, *lines = capsys.readouterr().out.splitlines()
     assert 'batches of 4 of 32×32' in header and '1 windows' in header and '1 workers' in header

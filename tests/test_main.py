@@ -38,7 +38,7 @@ def test_flags_with_dashes_and_underscores():
 
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory):
-    """A checkpoint of a model that takes images of 224 pixels only."""
+    """A checkpoint of a model that accepts only images of 224 pixels."""
     path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
     torch.save({'model': timm.create_model('deit_tiny_patch16_224', num_classes=10).state_dict()}, path)
     return path
@@ -46,7 +46,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def trees(image_folder, teacher, tmp_path):
-    """Trees that are wrong in one way each."""
+    """Image folders and checkpoints that each cause one error."""
     shutil.copytree(image_folder, tmp_path / 'other_classes')
     (tmp_path / 'other_classes' / 'val' / 'red').rename(tmp_path / 'other_classes' / 'val' / 'pink')
     (tmp_path / 'no_val' / 'train' / 'a').mkdir(parents=True)
@@ -135,7 +135,7 @@ def test_wrong_input(flags, named, trees, image_folder, tmp_path, monkeypatch, c
     assert not (tmp_path / 'out').exists() and not (tmp_path / 'made').exists()
 
 
-# --- The pieces of a run --------------------------------------------------------------------------------------------
+# --- Parts of a run -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('flags, mixes, loss', [
     ([], True, 'SoftTargetCrossEntropy'), (['--mixup', '0'], True, 'SoftTargetCrossEntropy'),
@@ -157,14 +157,14 @@ def test_augmentation_of_training_and_validation():
     assert torch.equal(val[5][0], val[5][0]) and type(val.transform.transforms[0]).__name__ == 'Resize'
 
 
-# --- As its users start it ------------------------------------------------------------------------------------------
+# --- Complete runs --------------------------------------------------------------------------------------------------
 
 def accuracy_lines(printed):
     return [line for line in printed.splitlines() if line.startswith(('Accuracy', '* Acc@1'))]
 
 
 def test_flags_of_the_data_set(monkeypatch):
-    """Each reaches `build_dataset`."""
+    """`build_dataset` receives each flag."""
     given = {'data_set': 'IMNET', 'data_path': 'a', 'use_lmdb': True, 'nb_classes': 7, 'inat_category': 'genus',
              'input_size': 96, 'fast_resize': True, 'color_jitter': 0.1, 'aa': 'augmix',
              'train_interpolation': 'random'}
@@ -188,7 +188,7 @@ def test_output_of_training(digits_run):
     assert stats['epoch'] == 0 and stats['train_keep_rate'] == 0.7 and stats['n_parameters'] == 5_489_482
     assert {'train_loss', 'train_lr', 'train_images_per_second', 'test_loss', 'test_acc1', 'test_acc5',
             'test_ema_acc1'} <= stats.keys()
-    assert stats['test_acc1'] > 20                   # of ten classes
+    assert stats['test_acc1'] > 20                   # with ten classes
     state = checkpoint(folder)
     assert {'model', 'optimizer', 'lr_scheduler', 'epoch', 'model_ema', 'scaler', 'args'} <= state.keys()
     assert type(state['args']) is dict and state['epoch'] == 0
@@ -217,7 +217,7 @@ def test_training_by_two_processes(tmp_path):
     done = run_main(*PLAIN, '--epochs', '1', '--batch-size', '32', '--dist-eval', '--output_dir', tmp_path, processes=2)
     assert '2 process(es) on cpu' in done.stdout
     stats, = log_lines(tmp_path)
-    assert stats['test_acc1'] > 20 and len(accuracy_lines(done.stdout)) == 4           # from the first process alone
+    assert stats['test_acc1'] > 20 and len(accuracy_lines(done.stdout)) == 4           # printed by one process
 
 
 def test_same_weights_from_one_and_two_processes(image_folder, tmp_path):
@@ -271,7 +271,7 @@ def test_lmdb_losses(image_folder, tmp_path):
 
 
 def test_losses_with_any_number_of_workers(image_folder, tmp_path):
-    """With every random piece on: crops, RandAugment, erasing, mixup, drop path."""
+    """All random operations are enabled: crops, RandAugment, erasing, mixup, drop path."""
     logs = []
     for workers in ('0', '1', '2'):
         main.main(parse_args([*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '2',
@@ -285,7 +285,7 @@ def test_broken_image(workers, image_folder, tmp_path, monkeypatch, capsys):
     tree = shutil.copytree(image_folder, tmp_path / 'tree')
     (tree / 'train' / 'red' / '3.png').write_bytes(b'no picture')
     flags = [*TINY, '--data-path', str(tree), '--batch-size', '8', '--epochs', '1', '--num_workers', workers,
-             '--no-repeated-aug']                      # so that each picture is read
+             '--no-repeated-aug']                      # so that all images are read
     monkeypatch.setattr(sys, 'argv', ['main.py', *flags])
     with pytest.raises(SystemExit) as exit_:
         main.run()
@@ -301,7 +301,7 @@ def test_distillation(kind, tmp_path, image_folder):
         *TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '1', '--output_dir', str(tmp_path),
         '--model', 'deit_tiny_distilled_patch16_shrink_base', '--distillation-type', kind,
         '--teacher-model', 'resnet10t', '--teacher-path', str(tmp_path / 'teacher.pth')]))
-    assert checkpoint(tmp_path)['optimizer']['state']                                  # both heads had gradients
+    assert checkpoint(tmp_path)['optimizer']['state']                                  # both heads have gradients
     assert not any(key.startswith('teacher') for key in checkpoint(tmp_path)['model'])
 
 
@@ -324,7 +324,7 @@ def test_model_kwargs():
 
 @pytest.mark.parametrize('name', ['inception_v3', 'vgg11', 'levit_128s', 'tiny_vit_5m_224', 'coat_tiny'])
 def test_timm_models_without_stochastic_depth_or_patch_size(name):
-    """Without stochastic depth, or with patches whose size timm tells in another way, or not at all."""
+    """Models without stochastic depth, or whose patch size timm stores in another way or not at all."""
     with torch.device('meta'):
         model = main.build_model(parse_args(['--model', name]), 7)
     assert model.num_classes == 7
@@ -363,13 +363,13 @@ def test_pictures_by_one_and_two_processes(image_folder, digits_run, tmp_path):
         assert (open_picture(tmp_path / '0' / name) - open_picture(tmp_path / '2' / name)).abs().float().mean() < 1
     grid, attention = ((open_picture(tmp_path / '0' / f'{name}.png') == 230).all(-1).sum()
                        for name in ('grid', 'attention'))
-    assert grid < 1000 < attention                     # the grey of what went before
+    assert grid < 1000 < attention                     # grey marks patches dropped by earlier stages
     loader_val = main.build_loaders(parse_args(flags), torch.device('cpu'))[1]
     for i in range(7):
         pixels = loader_val.dataset[i * 9 // 7][0].permute(1, 2, 0)
         assert (open_picture(tmp_path / '0' / f'img_{i}_a.jpg') - pixels).abs().float().mean() < 8
     brightest = [open_picture(tmp_path / '0' / f'img_{i}_a.jpg').float().mean((0, 1)).argmax().item() for i in range(7)]
-    assert brightest == [2, 2, 2, 1, 1, 0, 0]          # the classes are blue, green and red, and all are shown
+    assert brightest == [2, 2, 2, 1, 1, 0, 0]          # the classes are blue, green and red; all are shown
 
 
 def test_precision_of_pictures(digits_run, tmp_path, monkeypatch):
@@ -400,7 +400,7 @@ def test_training_on_a_gpu_in_bfloat16(tmp_path):
 
 @pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
 def test_compiled_and_channels_last_run(image_folder, tmp_path, compiled_graphs):
-    """Through epochs in which the rate falls, with the average, evaluations and a resumed run."""
+    """The run anneals the keep rate, averages the weights, evaluates both models and is resumed."""
     flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '6', '--shrink_epochs', '2', '--drop-path', '0',
              '--model-ema-decay', '0.5']
     for name, changes in (('plain', []), ('compiled', ['--compile', '--channels-last', '--test-speed'])):

@@ -22,7 +22,7 @@ def tiny(**kwargs):
 
 
 def kept_patches(kept, num_patches, fused):
-    """Positions of each stage, traced back to image patches by a plain loop; -1 stands for a fused token."""
+    """Trace the positions of each stage back to image patches, in a plain loop. -1 stands for a fused token."""
     alive = [list(range(num_patches)) for _ in kept[0]]
     stages = []
     for idx in kept:
@@ -32,7 +32,7 @@ def kept_patches(kept, num_patches, fused):
     return stages
 
 
-# --- The original's figures -----------------------------------------------------------------------------------------
+# --- Reference values of the original code --------------------------------------------------------------------------
 
 def reference_model(case, **kwargs):
     model = timm.create_model(
@@ -94,7 +94,7 @@ def test_training_of_the_original(case):
 
 @pytest.mark.parametrize('fuse', [False, True])
 @pytest.mark.parametrize('shape, k', [((1, 2, 1), 1), ((3, 17, 5), 12), ((2, 9, 4), 8), ((4, 30, 7), 1)])
-def test_reorganize_tokens_in_a_naive_loop(shape, k, fuse):
+def test_reorganize_tokens_against_a_naive_loop(shape, k, fuse):
     generator = torch.Generator().manual_seed(k)
     tokens = torch.randn(shape, generator=generator, dtype=torch.float64)
     scores = torch.rand(shape[:2], generator=generator, dtype=torch.float64)
@@ -116,16 +116,16 @@ def test_gradients_of_reorganize_tokens():
     scores = torch.rand(2, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t, s: reorganize_tokens(t, s, 4, fuse=True)[0], (tokens, scores))
     reorganize_tokens(tokens, scores, 4, fuse=True)[0].sum().backward()
-    assert (scores.grad != 0).sum(dim=1).tolist() == [2, 2]            # of the fused tokens, and only of them
+    assert (scores.grad != 0).sum(dim=1).tolist() == [2, 2]            # only the scores of fused tokens
 
 
-def test_class_attention_in_the_full_matrix():
+def test_class_attention_against_the_full_matrix():
     q, k = torch.randn(2, 2, 3, 11, 8, dtype=torch.float64)
     full = (q @ k.transpose(-2, -1) / math.sqrt(8)).softmax(dim=-1)
     torch.testing.assert_close(class_attention(q, k, 8 ** -0.5), full.mean(dim=1)[:, 0])
     with torch.autocast('cpu', torch.bfloat16):
         scores = class_attention(q.bfloat16(), k.bfloat16(), 8 ** -0.5)
-    assert scores.dtype == torch.float32                               # it decides which tokens live
+    assert scores.dtype == torch.float32                               # scores decide which tokens are kept
 
 
 @pytest.mark.parametrize('num_tokens, keep_rate, expected', [
@@ -139,7 +139,7 @@ def test_num_kept(num_tokens, keep_rate, expected):
 def test_protected_tokens(num_prefix_tokens, fuse):
     block = models_evit.EViTBlock(12, 3, qkv_bias=True)
     block.keep_rate, block.fuse_token, block.num_prefix_tokens = 0.5, fuse, num_prefix_tokens
-    for layer in (block.attn.proj, block.mlp.fc2):                     # both branches add nothing: tokens pass through
+    for layer in (block.attn.proj, block.mlp.fc2):                     # both branches add zero: tokens are unchanged
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     x = torch.randn(2, num_prefix_tokens + 9, 12)
@@ -218,7 +218,7 @@ def test_names_rates_and_sizes():
     assert timm.models.model_entrypoint('deit_small_patch16_224').__module__ == 'timm.models.deit'
 
 
-# --- What timm's models do goes on working --------------------------------------------------------------------------
+# --- Features of timm models ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('distilled', ['', '_distilled'])
 def test_rate_1_equals_timm(distilled):
@@ -318,7 +318,7 @@ def test_one_graph(keep_rate, compiled_graphs):
 
 
 def test_graphs_while_the_keep_rate_falls(compiled_graphs):
-    """Over a run whose rate falls at each step, with evaluations of two batch sizes, of the average's weights too."""
+    """The rate falls at each step. The model and its average are evaluated with two batch sizes."""
     def build():
         return tiny(fuse_token=True, patch_size=8, embed_dim=24, depth=3, drop_loc=(1, 2))
 
@@ -345,17 +345,17 @@ def test_graphs_while_the_keep_rate_falls(compiled_graphs):
                     for batch in (torch.cat([images, images]), images[:5]):
                         torch.testing.assert_close(run(batch), evaluated(batch))
             model.train()
-    # Training: all tokens, numbers that are variables (after the first, which is taken for a constant), the base rate.
-    # Evaluation: a graph for each size of batch.
+    # Training: a graph for all tokens, one for the first token counts as constants, one for dynamic token counts and
+    # one for the base rate. Evaluation: a graph for each batch size.
     assert len(seen) > 15 and len(compiled_graphs) == 4 + 2
 
 
 @pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
 def test_graphs_of_blocks_that_begin_to_drop_one_after_another(compiled_graphs):
-    """More than torch allows by default, with those of training and evaluation."""
+    """Training and evaluation together need more graphs than torch allows by default."""
     model = tiny(patch_size=4, embed_dim=12, depth=8, drop_loc=tuple(range(1, 8)))
     compiled, images = CompiledModel(model, torch.device('cpu')), torch.randn(2, 3, 64, 64)
-    starts = [(255 - i) / (256 - i) - 1e-9 for i in range(7)]              # of dropping, of one block after the other
+    starts = [(255 - i) / (256 - i) - 1e-9 for i in range(7)]              # each makes one more block drop tokens
     assert [sum(k is not None for k in model.token_counts(rate)) for rate in starts] == list(range(1, 8))
     for rate in (1., *starts, 0.9, 0.8, 0.7):
         compiled(images, keep_rate=rate).sum().backward()
@@ -390,7 +390,7 @@ def test_compiled_gradient_checkpointing(compiled_graphs):
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 def test_compiled_eager_and_plain(device, monkeypatch):
-    """By the real compiler; the kept patches, too."""
+    """With the real compiler. The kept patches are compared, too."""
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     model = timm.create_model('deit_small_patch16_shrink_base', depth=4, drop_loc=(1, 2, 3), fuse_token=True).eval()
     model.load_state_dict(reference_weights(model))
@@ -410,7 +410,7 @@ def test_compiled_eager_and_plain(device, monkeypatch):
 
 @pytest.fixture(scope='module')
 def digits_model():
-    """A small EViT that has learnt the digits, and the validation images."""
+    """A small EViT trained on the digits, with the validation images and labels."""
     def images_of(digits):
         pixels = torch.from_numpy(np.stack(digits.images)).float().div(127).sub(1)     # (B, 8, 8)
         return pixels.unsqueeze(1).expand(-1, 3, -1, -1), torch.tensor(digits.targets)
@@ -445,7 +445,7 @@ def test_bfloat16_on_the_digits(digits_model, device):
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 def test_scores_in_float32(device):
-    """Neither autocast nor TF32 rounds them: they are those of float64 to the rounding of float32."""
+    """Neither autocast nor TF32 rounds the scores. They equal float64 scores up to float32 rounding."""
     q, k = torch.randn(2, 4, 3, 197, 64, generator=torch.Generator().manual_seed(0)).to(device)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('high')
@@ -459,7 +459,7 @@ def test_scores_in_float32(device):
 
 
 def test_flash_attention():
-    """Of every block, reorganising or not, and in both modes."""
+    """Every block uses it, whether or not it reorganises tokens, in training and in evaluation mode."""
     model = tiny(fuse_token=True, depth=4, drop_loc=(1, 2))
     for training in (False, True):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

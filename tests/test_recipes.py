@@ -38,7 +38,7 @@ def test_recipes_of_the_paper(image_folder, tmp_path):
 
 
 def test_flags_of_readme_and_docs():
-    from run_with_submitit import get_args_parser                         # main.py's, and a few more
+    from run_with_submitit import get_args_parser                         # flags of main.py and some more
     known = set(get_args_parser()._option_string_actions)
     files = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *ROOT.glob('*.sh')]
     text = '\n'.join(path.read_text() for path in files)

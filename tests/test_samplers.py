@@ -32,7 +32,7 @@ def test_order_by_seed_and_epoch(repeated_aug):
 
     assert order(0, 0) == order(0, 0)
     indices = [tuple(index for index, _ in order(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (7, 0))]
-    assert len(set(indices)) == 3                    # also for a single process, which the original forgot
+    assert len(set(indices)) == 3                    # also for one process, unlike in the original code
 
 
 @pytest.mark.parametrize('repeated_aug', [False, True])

@@ -1,4 +1,4 @@
-"""The comparison of backbones: candidates, published accuracies, failures, table, CSV, Figure 4, command line."""
+"""speed_test.py: candidates, published accuracies, failures, table, CSV, Figure 4, command line."""
 import csv
 import itertools
 
@@ -28,7 +28,7 @@ def protocol(**changes):
 
 
 class StandIn(nn.Module):
-    """A model that returns the means of images, times `factor`, and runs out of memory after `passes` passes."""
+    """A model that returns channel means of images, times `factor`, and runs out of memory after `passes` passes."""
 
     def __init__(self, factor=1., passes=10**6):
         super().__init__()
@@ -44,7 +44,7 @@ class StandIn(nn.Module):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """A dict, to be filled by the test: name of a timm model → arguments of the StandIn that is built for it."""
+    """A dict that the test fills: name of a timm model → arguments of the StandIn that replaces it."""
     arguments = {}
     monkeypatch.setattr(speed_test, 'build_candidate', lambda candidate, fuse: StandIn(**arguments[candidate.name]))
     return arguments
@@ -58,11 +58,11 @@ def test_built_candidates():
     assert model.patch_embed.img_size == (48, 48)
     default = build_candidate(Candidate(TINY, None, 48), False)
     assert default.base_keep_rate == 0.7 and not default.blocks[3].fuse_token
-    build_candidate(Candidate('test_resnet', None, 48), True)                          # takes no image size
+    build_candidate(Candidate('test_resnet', None, 48), True)                          # has no image size
 
 
 def test_figure_4():
-    """The paper's models, at the sizes of the figure, in its order; the ratios are to DeiT-S."""
+    """The models, input sizes and order are those of the paper. DeiT-S is last: ratios are relative to it."""
     assert parse_args([]).models is FIGURE_4 and all(timm.is_model(candidate.name) for candidate in FIGURE_4)
     rows = [(row.candidate.name, row.candidate.keep_rate, row.candidate.input_size)
             for row in planned_rows(FIGURE_4, protocol(input_size=None), reference=False)]
@@ -104,7 +104,7 @@ def test_published_accuracy(candidate, fuse_token, expected):
 # --- Measurement ----------------------------------------------------------------------------------------------------
 
 def test_rows_of_plain_evits():
-    """A plain EViT is measured eagerly in our precision, and as the original code was measured."""
+    """A plain EViT is measured eagerly, once in our precision and once as the original code was measured."""
     candidates = [Candidate(TINY, 0.5), Candidate('deit_tiny_patch16_224')]
 
     def rows(settings):
@@ -122,7 +122,7 @@ def test_rows_of_plain_evits():
 
 @pytest.mark.parametrize('plain', [False, True])
 def test_measured_evit(plain, monkeypatch):
-    """It is in eval mode and has the candidate's keep rate, fusion, size."""
+    """It is in eval mode and has the keep rate, token fusion and input size of the candidate."""
     models = []
     monkeypatch.setattr(speed_test, 'measured_pass', lambda model, settings: models.append(model) or (lambda: None))
     prepare(speed_test.PlannedRow(Candidate(TINY, 0.5, 32), 'label', protocol(), plain), True)
@@ -166,7 +166,7 @@ def test_ratios():
 
 
 def test_failures_in_a_comparison(stand_ins):
-    """Before the timing or during it, after six passes in the second window: the other models go on."""
+    """Models fail before the timing, or in the second window at their sixth pass. The others are still measured."""
     stand_ins |= {'test_vit': dict(factor=torch.nan), 'test_vit2': dict(passes=0), 'test_vit3': {},
                   'test_efficientnet': dict(passes=5), 'test_resnet': {}}
     slow = protocol(window_seconds=1e-9)                                               # one pass fills a window
@@ -175,7 +175,7 @@ def test_failures_in_a_comparison(stand_ins):
         'ValueError: the output is not finite', 'OutOfMemoryError: out of memory', None,
         'OutOfMemoryError: out of memory', None]
     assert ['speed' in row for row in rows] == [False, False, True, False, True]
-    assert 'gmacs' in rows[3] and len(rows[2]['speed'].rates) == 2                     # the fourth one failed late
+    assert 'gmacs' in rows[3] and len(rows[2]['speed'].rates) == 2                     # row 3 failed during the timing
     assert rows[2]['ratio'] > 0 and rows[4]['ratio'] == 1.
     lines = list(format_table(rows))
     assert 'failed: ValueError' in lines[1] and 'failed: OutOfMemoryError' in lines[4] and '1.000' in lines[5]
@@ -191,7 +191,7 @@ def test_failure_of_the_last_model(stand_ins):
 # --- Plot -----------------------------------------------------------------------------------------------------------
 
 def test_plotted_points(monkeypatch, tmp_path):
-    """Every model that has a speed and an accuracy, but no plain EViT."""
+    """All models with a speed and an accuracy are plotted, except plain EViTs."""
     def row(model, rate, top1):
         return {'model': model, 'top1': top1, 'speed': Throughput((rate,), protocol())}
 
@@ -303,7 +303,7 @@ def test_candidates_on_the_command_line():
 
 
 def test_input_sizes_without_patches():
-    """Neither a convolutional stem nor overlapping patches must divide the input size."""
+    """Models with a convolutional stem or overlapping patches accept any input size."""
     assert parse_args(['--models', 'resnet18', 'pvt_v2_b0', '--input-size', '250'])
 
 

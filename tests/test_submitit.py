@@ -1,4 +1,4 @@
-"""run_with_submitit.py without a cluster: what it asks submitit for, and what a job does."""
+"""run_with_submitit.py without a cluster: the requests to submitit, and the job."""
 import runpy
 import signal
 import sys
@@ -18,7 +18,7 @@ FLAGS = ['--epochs', '3', '--num_workers', '2', '--lr', '1e-3']
 
 @pytest.fixture
 def submitit(monkeypatch, tmp_path):
-    """A stand-in for submitit, which keeps what it is asked for."""
+    """A stand-in for submitit that records the requests."""
     asked = SimpleNamespace(JobEnvironment=lambda: SimpleNamespace(paths=SimpleNamespace(folder=tmp_path)))
 
     class SlurmExecutor:

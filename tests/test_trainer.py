@@ -58,7 +58,7 @@ def test_mode_while_finetuning_and_distilling():
     ['--batch-size', '8', '--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1']], ids=' '.join)
 def test_resume_at_any_step_bit_for_bit(flags, image_folder, tmp_path, monkeypatch, one_thread):
     flags = [*TINY, '--data-path', str(image_folder), '--epochs', '3', '--shrink_epochs', '2',
-             '--model-ema-decay', '0.9', '--checkpoint-interval', '1', *flags]         # and all of the augmentation
+             '--model-ema-decay', '0.9', '--checkpoint-interval', '1', *flags]         # with all augmentation
     save, kept = write_checkpoint, []
 
     def save_and_keep(state, folder, best=False):
@@ -73,7 +73,7 @@ def test_resume_at_any_step_bit_for_bit(flags, image_folder, tmp_path, monkeypat
     monkeypatch.setattr('checkpoint.write_checkpoint', save)
     assert len(kept) == 9                            # 3 updates in each of 3 epochs
     for i in (0, 2, 4, 7):
-        torch.manual_seed(i)                         # the state that a process happens to be in does not matter
+        torch.manual_seed(i)                         # the global random state has no effect
         main.main(parse_args([*flags, '--output_dir', str(kept[i]), '--resume', 'auto']))
         assert_same(result(kept[i]), result(tmp_path / 'whole'))
 
@@ -102,7 +102,7 @@ def test_start_step_with_other_accum_steps(capsys):
 
 @pytest.mark.parametrize('sched', ['cosine', 'step'])
 def test_resume_with_other_hyperparameters(sched, capsys):
-    """As a run that had them from the start, while the moments of the optimizer stay."""
+    """The schedule is that of a run with the new flags from the start. The optimizer keeps its moments."""
     def training(*flags):
         args = parse_args([*PLAIN, '--sched', sched, '--decay-epochs', '2', *flags])
         return args, build_trainer(args)
@@ -178,7 +178,7 @@ def test_signal_and_resume_bit_for_bit(where, accum_steps, image_folder, tmp_pat
 
 def test_resume_from_a_checkpoint_that_does_not_fit(digits_run, tmp_path):
     _, folder = digits_run
-    args = parse_args([*PLAIN, '--sched', 'plateau'])                      # which alone goes on with its scheduler
+    args = parse_args([*PLAIN, '--sched', 'plateau'])                      # only plateau restores its scheduler
     wrong = ('lr_scheduler', None), ('optimizer', None), ('epoch', 'x'), ('optimizer', {'param_groups': []})
     for key, value in wrong:
         training = build_trainer(args)
@@ -234,7 +234,7 @@ def test_erasing_flags(flags, expected):
 
 
 def test_flags_of_an_epoch():
-    """Each reaches `train_one_epoch`."""
+    """`train_one_epoch` receives each flag."""
     expected = dict(seed=5, clip_grad=0.3, accum_steps=2, skip_nonfinite=4, print_freq=9, amp_dtype=torch.bfloat16)
     flags = [f'--{name}={str(value).removeprefix("torch.")}' for name, value in expected.items()]
     keywords = build_trainer(parse_args([*TINY, *flags])).train_one_epoch.keywords
@@ -242,7 +242,7 @@ def test_flags_of_an_epoch():
 
 
 def images_logged(folder):
-    """[(tag, step, picture (H, W, 3))] of TensorBoard's files."""
+    """The images in TensorBoard's files, as [(tag, step, picture (H, W, 3))]."""
     return [(value.tag, event.step, open_picture(io.BytesIO(value.image.encoded_image_string)))
             for event in events(folder) for value in event.summary.value if value.HasField('image')]
 

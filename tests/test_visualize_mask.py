@@ -41,13 +41,13 @@ def create(name=TINY, **kwargs):
 
 
 def random_images(size=(64, 64), batch_size=3):
-    """Normalised images (B, 3, H, W) whose pixels lie well within black and white."""
+    """Normalised images (B, 3, H, W) whose pixels were between 0.2 and 0.8."""
     pixels = 0.2 + 0.6 * torch.rand(batch_size, 3, *size, generator=torch.Generator().manual_seed(0))
     return normalize(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def random_kept(batch_size, num_patches, ks, fused, generator):
-    """Random positions [(B, k) of each stage], in any order, as a model with or without fused tokens gives them."""
+    """Random positions, one tensor (B, k) per stage, in any order, as a model with or without fused tokens returns."""
     kept, num_tokens = [], num_patches
     for k in ks:
         kept.append(torch.rand(batch_size, num_tokens, generator=generator).argsort(1)[:, :k])
@@ -56,7 +56,7 @@ def random_kept(batch_size, num_patches, ks, fused, generator):
 
 
 def naive_masks(kept, batch_size, num_patches, fused):
-    """Token lists image by image, stage by stage."""
+    """The masks from lists of tokens, image by image and stage by stage."""
     masks = np.zeros((batch_size, len(kept), num_patches), bool)
     for b in range(batch_size):
         tokens = list(range(num_patches))
@@ -72,7 +72,7 @@ def naive_masks(kept, batch_size, num_patches, fused):
 
 @pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('num_patches, ks', [(20, (14, 10, 7)), (9, (9, 5)), (6, (1, 1)), (64, (40,)), (5, ())])
-def test_positions_in_a_naive_loop(num_patches, ks, fused):
+def test_positions_against_a_naive_loop(num_patches, ks, fused):
     generator = torch.Generator().manual_seed(num_patches)
     for _ in range(10):
         kept = random_kept(4, num_patches, ks, fused, generator)
@@ -84,7 +84,7 @@ def test_positions_in_a_naive_loop(num_patches, ks, fused):
 
 
 def test_fused_token_kept_and_fused_again():
-    # Token 2 of the 2nd stage is the 1st fused one; of the 3rd, token 0 is that one again and token 2 the 2nd.
+    # In the 2nd stage, token 2 is the 1st fused token. In the 3rd, it is token 0, and token 2 is the 2nd fused token.
     kept = [torch.tensor([[3, 0]]), torch.tensor([[2, 1]]), torch.tensor([[2, 0]])]
     assert compose_positions(kept, 1, 4)[0].int().tolist() == [[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
 
@@ -106,7 +106,7 @@ def test_counts_and_nesting_of_masks(name, kwargs, size, grid, fuse):
     assert not (masks[:, 1:] & ~masks[:, :-1]).any()
     assert torch.equal(images, before)
 
-    # k of the tokens are kept, of which those that were fused by an earlier stage are no patches.
+    # Each stage keeps k tokens. Kept tokens that an earlier stage fused are not patches.
     is_fused = torch.zeros(3, grid[0] * grid[1], dtype=torch.bool)
     for stage, idx in enumerate(model(images, get_idx=True)[1]):
         k = math.ceil(0.7 * is_fused.shape[1])
@@ -137,7 +137,7 @@ def test_observed_model_is_unchanged(checkpointing):
     model.set_grad_checkpointing(checkpointing)
     expected = model(images)
     model.blocks[2].train()
-    model.training = True                                   # as distillation has it: the model, not all of its layers
+    model.training = True                                   # as in distillation: the model, but not all of its layers
     model.set_distilled_training()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
@@ -149,7 +149,7 @@ def test_observed_model_is_unchanged(checkpointing):
 
 
 def attend_to_brightness(model):
-    """Set by hand: a token's channel 0 is its patch's brightness from first to last block, and draws the attention."""
+    """Set the weights by hand. In all blocks, channel 0 of a token is the brightness of its patch, and is its key."""
     nn.init.zeros_(model.pos_embed)
     nn.init.zeros_(model.cls_token)
     nn.init.zeros_(model.patch_embed.proj.weight)
@@ -170,8 +170,9 @@ def attend_to_brightness(model):
 @pytest.mark.parametrize('sign', [1, -1])
 @pytest.mark.parametrize('name', [TINY, TINY_DISTILLED])
 def test_kept_patches_for_attention_set_by_hand(name, sign, fuse):
-    """The brightest patches stay. Weighted by attention, a fused token is nearer to 0 than what it was fused from, so
-    that it always goes again where brightness is above 0, and takes one of the k places where it is below."""
+    """The brightest patches are kept. Weighting by attention brings a fused token closer to 0 than the tokens it was
+    fused from. It is therefore always fused again if brightness is positive, and is one of the k kept tokens if
+    brightness is negative."""
     model = attend_to_brightness(create(name, img_size=(64, 96), fuse_token=fuse))
     if model.num_prefix_tokens == 2:
         nn.init.zeros_(model.dist_token)
@@ -191,7 +192,7 @@ def test_kept_patches_for_attention_set_by_hand(name, sign, fuse):
 @pytest.mark.parametrize('fuse', [False, True])
 @pytest.mark.parametrize('name', [TINY, TINY_DISTILLED])
 def test_attention_set_by_hand(name, fuse):
-    """A head has 16 channels: queries of 1, keys of a patch's brightness b, and so logits of 16 b / √16 = 4 b."""
+    """A head has 16 channels. Queries are 1 and keys are the brightness b of a patch: logits are 16 b / √16 = 4 b."""
     model = attend_to_brightness(create(name, img_size=(64, 96), fuse_token=fuse))
     if model.num_prefix_tokens == 2:
         nn.init.zeros_(model.dist_token)
@@ -204,13 +205,13 @@ def test_attention_set_by_hand(name, fuse):
     whole = brightness.mul(4).exp()
     torch.testing.assert_close(attention[:, 0], whole / (whole.sum(1, keepdim=True) + model.num_prefix_tokens))
     for stage in (1, 2):
-        assert torch.equal(~attention[:, stage].isnan(), kept[:, stage - 1])           # candidates: what was left
+        assert torch.equal(~attention[:, stage].isnan(), kept[:, stage - 1])           # candidates: patches still kept
         for b in range(3):
             left = kept[b, stage - 1]
             constant = attention[b, stage, left].log() - 4 * brightness[b, left]
             torch.testing.assert_close(constant, constant[:1].expand_as(constant), atol=1e-3, rtol=0)
             total = attention[b, stage, left].sum() + model.num_prefix_tokens * constant[0].exp()
-            assert total < 0.999 if fuse else total == pytest.approx(1, abs=1e-3)      # a fused token has the rest
+            assert total < 0.999 if fuse else total == pytest.approx(1, abs=1e-3)      # the rest is on fused tokens
 
 
 @pytest.mark.parametrize('name, kwargs, size, grid', MODELS)
@@ -313,7 +314,7 @@ def test_wrong_number_of_indices(tmp_path):
 
 def test_heat_maps():
     mean, std = (0.3, 0.5, 0.7), (0.2, 0.3, 0.4)
-    pixels = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0))       # 1 more than whole patches
+    pixels = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0))       # 1 pixel beyond whole patches
     attention = torch.tensor([[[[0.1, 0.5, math.nan], [0.2, 0.3, 0.15]], [[0.25] * 3] * 2, [[math.nan] * 3] * 2]])
     stops = torch.tensor(HEAT) / 255
     between = (stops[0] + stops[1]) / 2
@@ -335,7 +336,7 @@ def test_heat_maps():
 
 
 def drawn(monkeypatch, *arguments):
-    """The sheet of `contact_sheet`, and its texts as [(text, (left, top, right, bottom) of its ink)]."""
+    """The result of `contact_sheet`, and its texts as [(text, its bounding box (left, top, right, bottom))]."""
     texts, text = [], ImageDraw.ImageDraw.text
 
     def note(self, xy, string, fill, font):
@@ -372,7 +373,7 @@ def test_layout_of_a_sheet(number, columns, size, picture, across, monkeypatch):
             places[i, column] = x.min(), y.min(), x.max(), y.max()
     assert len({places[i, 0][1] for i in range(number)}) == math.ceil(number / across)
     for i in range(across, number):
-        assert places[i, 0][0] == places[i - across, 0][0]                             # below one another
+        assert places[i, 0][0] == places[i - across, 0][0]                             # in the same column
     for i in range(number - 1):
         assert (places[i, 0][1], places[i, 0][0]) < (places[i + 1, 0][1], places[i + 1, 0][0])
 
@@ -385,7 +386,7 @@ def test_layout_of_a_sheet(number, columns, size, picture, across, monkeypatch):
         picture_place = places[place // columns, place % columns]
         assert abs(box[0] - picture_place[0]) <= 3 and box[3] <= picture_place[1]
         if place + 1 < len(heads):
-            assert box[2] < heads[place + 1][1][0]                                     # no header runs into the next
+            assert box[2] < heads[place + 1][1][0]                                     # headers do not overlap
     long = [box for text, box in texts if text.startswith('predicted: ')]
     assert len(long) == number and all(text.endswith('…') for text, _ in texts if text.startswith('predicted: '))
     for i in range(number):
@@ -402,7 +403,7 @@ def test_scaling_of_pictures():
     enlarged = digit[0].permute(1, 2, 0).repeat_interleave(5, 0).repeat_interleave(5, 1).numpy()
     y, x = np.argwhere((sheet != 255).any(-1))[0]
     np.testing.assert_array_equal(sheet[y:y + 200, x:x + 200], enlarged)
-    lines = (torch.arange(448) % 2 * 255).byte().expand(1, 3, 448, 448)                # columns in black and white
+    lines = (torch.arange(448) % 2 * 255).byte().expand(1, 3, 448, 448)                # black and white columns
     assert 100 < np.asarray(contact_sheet([lines], [''], [('',)]))[100, 100].mean() < 160
     assert [fit(48, 48, 100), fit(130, 60, 200), fit(400, 200, 100), fit(1, 900, 90)] == [
         (96, 96), (130, 60), (100, 50), (1, 90)]

@@ -1,7 +1,7 @@
 """A cluster on one machine: two hosts with a network between them, and Slurm with two nodes.
 
-Both need root, and live in namespaces of their own: nothing outside them is changed, and what was started in them,
-daemons and jobs alike, ends with them.
+Both need root. They run in their own namespaces and change nothing outside them. All daemons and jobs end with the
+namespaces.
 """
 import contextlib
 import os
@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 PACKAGES = 'slurm-wlm munge iproute2 util-linux'
-# Its first process takes all the others with it
+# When its first process ends, all others are killed
 NAMESPACE = ['unshare', '--mount', '--pid', '--fork', '--kill-child', '--mount-proc']
 
-# A requeued job waits for cred_expire, 2 minutes by default; the intervals are as short as they can be. The low
-# partition is preempted by the high one, of which jobs are told in time by the signal that they asked for.
+# A requeued job waits for cred_expire, 2 minutes by default. The intervals are as short as possible. The high partition
+# preempts jobs of the low one. Before they are preempted, they receive the signal that they requested.
 SLURM_CONF = '''
 ClusterName=evit
 SlurmctldHost=localhost(127.0.0.1)
@@ -71,7 +71,7 @@ wait
 
 
 def need(*programs):
-    """RuntimeError that says what a cluster on this machine lacks."""
+    """Raise a RuntimeError that names what this machine lacks, if it lacks root or one of the programs."""
     missing = ['root'] * (os.geteuid() != 0) + [program for program in programs if not shutil.which(program)]
     if missing:
         raise RuntimeError(f'there is no {", no ".join(missing)}; this test is for root, after '
@@ -79,7 +79,7 @@ def need(*programs):
 
 
 def wait_for(condition, seconds=120, what=''):
-    """Wait until condition() is true → what it gave; fails after so many seconds."""
+    """Wait until condition() is true and return its value. Fail after `seconds`."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f'{seconds} s have passed without {what or condition}'
@@ -104,9 +104,9 @@ def children(pid):
 
 @contextlib.contextmanager
 def two_hosts():
-    """Hosts nodea and nodeb, each with its own network, name and processes → start(host, *command, **options).
+    """Hosts nodea and nodeb, each with its own network, name and processes. Yield start(host, *command, **options).
 
-    It starts a command on a host, and gives its Popen, of which the command is a child.
+    `start` starts a command on a host. It returns the Popen of the command's parent process.
     """
     need('ip', 'nsenter', 'unshare')
     spaces = {host: f'{host}-{os.getpid()}' for host in ('nodea', 'nodeb')}
@@ -143,23 +143,23 @@ def two_hosts():
 # --- Slurm ----------------------------------------------------------------------------------------------------------
 
 class Slurm:
-    """A running cluster, as its users and its administrator see it.
+    """A running cluster, for users and administrators.
 
     Args:
-        environment: of whoever speaks to it.
+        environment: environment variables of the commands that access it.
     """
 
     def __init__(self, environment):
         self.environment = environment
 
     def __call__(self, *command):
-        """Run a command of Slurm, or another one that speaks to it → what it prints."""
+        """Run a command of Slurm, or another command that uses Slurm. Return its output."""
         done = subprocess.run([*map(str, command)], env=self.environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
     def job(self, number):
-        """What Slurm knows of a job, such as JobState and Restarts."""
+        """The fields of a job, such as JobState and Restarts."""
         words = self('scontrol', '--oneliner', 'show', 'job', number).split()
         return dict(word.split('=', 1) for word in words if '=' in word)
 
@@ -170,7 +170,7 @@ class Slurm:
 
 @contextlib.contextmanager
 def slurm():
-    """Slurm with the nodes n1 and n2, of two cores each → Slurm."""
+    """Start Slurm with the nodes n1 and n2, each with two cores. Yield a Slurm."""
     need('slurmctld', 'slurmd', 'munged', 'unshare', 'srun', 'sbatch', 'scontrol')
     with tempfile.TemporaryDirectory() as folder:
         for name in ('state', 'spool.n1', 'spool.n2'):
@@ -178,7 +178,7 @@ def slurm():
         Path(folder, 'munge.key').write_bytes(os.urandom(128))
         Path(folder, 'munge.key').chmod(0o400)
         Path(folder, 'hosts').write_text(f'127.0.0.1 localhost n1 n2 {socket.gethostname()}\n')
-        Path(folder).chmod(0o755)                                          # munged wants its socket in reach of all
+        Path(folder).chmod(0o755)                                          # munged needs a folder open to all users
         conf = Path(folder, 'slurm.conf')
         conf.write_text(SLURM_CONF.format(folder=folder, ports=free_ports(3)))
         environment = {**os.environ, 'SLURM_CONF': str(conf), 'OMP_NUM_THREADS': '1',

@@ -1,4 +1,4 @@
-"""What the fault tests share: the undisturbed runs that others are compared with, and the table of what was tried."""
+"""Shared by the fault tests: undisturbed runs as references, and the printed table of faults."""
 import os
 import time
 
@@ -7,12 +7,12 @@ import torch
 
 from runs import train
 
-SEED = os.environ.setdefault('FAULTS_SEED', str(int(time.time())))         # which pytest's own workers inherit
+SEED = os.environ.setdefault('FAULTS_SEED', str(int(time.time())))         # inherited by the workers of pytest -n
 
 
 def pytest_configure(config):
-    torch.set_num_threads(1)                           # or a forked process would wait for threads it does not have
-    config.option.loadscopereorder = False             # pytest -n: files in the order that they have below
+    torch.set_num_threads(1)                           # a forked process would wait for threads that it lacks
+    config.option.loadscopereorder = False             # pytest -n: keep the order of files set below
 
 
 def pytest_report_header():
@@ -20,7 +20,7 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that with -n none is left over when all others are done."""
+    """Run the longest files first. With -n, a long file that starts last would run alone."""
     items.sort(key=lambda item: item.path.stem not in ('test_cluster', 'test_kills'))
 
 
@@ -31,7 +31,7 @@ def seed():
 
 @pytest.fixture
 def table(record_property):
-    """table(faults, what): once a test has passed, add its row of README's table: so many faults, of which kind."""
+    """table(faults, what): if the test passes, add a row to the printed table: the number and the kind of faults."""
     return lambda faults, what: record_property('row', f'| {what} | {faults} | as it should be |')
 
 
@@ -44,9 +44,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope='session')
 def undisturbed(tmp_path_factory):
-    """undisturbed(processes) → the output folder of a run of so many processes that nothing happened to.
+    """undisturbed(processes) → the output folder of a run without faults, with that number of processes.
 
-    The user's command makes it, and its console is kept there.
+    The run is started as users do. The folder also contains its console output, console.txt.
     """
     folders = {}
 

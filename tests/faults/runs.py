@@ -16,20 +16,20 @@ from distributed import kill_workers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# 2 epochs of 20 steps, or of 10 in 2 processes, with everything that draws random numbers. In the second, 2 of 4
-# patches and then 1 are kept, by the first blocks, so that a step takes 0.2 s of a slow core.
+# 2 epochs of 20 steps, or of 10 with 2 processes, with all random operations. In the second epoch, the first blocks
+# keep 2 of 4 patches, then 1, so that a step takes 0.2 s on a slow core.
 FLAGS = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--base_keep_rate', '0.3', '--drop_loc', '0,1,2',
          '--input-size', '32', '--batch-size', '64', '--device', 'cpu', '--num_workers', '1', '--warmup-epochs', '0',
          '--shrink_start_epoch', '0', '--shrink_epochs', '1', '--epochs', '2', '--lr', '2.4e-3', '--clip-grad', '1',
          '--dist-eval', '--print-freq', '1', '--resume', 'auto', '--checkpoint-interval', '5']
-SAVES = {1: 8, 2: 4}                                   # by number of processes
+SAVES = {1: 8, 2: 4}                                   # checkpoints saved, by number of processes
 fork = multiprocessing.get_context('fork')
 
 
-# --- By the command that users type ---------------------------------------------------------------------------------
+# --- Runs started as users do ---------------------------------------------------------------------------------------
 
 def train(folder, processes=1):
-    """A run to its end; fails where it does not end well. → its console."""
+    """Train to the end and return the console output. Fail if the exit status is not 0."""
     launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
     done = subprocess.run([sys.executable, *launch, str(ROOT / 'main.py'), *FLAGS, '--output_dir', str(folder)],
                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
@@ -37,7 +37,7 @@ def train(folder, processes=1):
     return done.stdout
 
 
-# --- Without the 10 s in which a slow core reads torch and timm ------------------------------------------------------
+# --- Forked runs: no import of torch and timm, which takes 10 s on a slow core --------------------------------------
 
 def group(processes):
     """The environment of each process of a group, as torchrun would set it."""
@@ -51,9 +51,9 @@ def group(processes):
 
 
 class Forked:
-    """Processes of a group that each call function(rank), forked from this one, which has imported main.py already.
+    """Processes of a group that each call function(rank), forked from this one, which has already imported main.py.
 
-    Each leads a process group of its own, with its DataLoader workers in it. Whatever lives is killed in the end.
+    Each leads its own process group, which includes its DataLoader workers. On exit, all that still run are killed.
     """
 
     def __init__(self, function, processes=1):
@@ -92,12 +92,12 @@ class Forked:
         self.consoles.cleanup()
 
     def read(self, name, rank=0):
-        """What a process has written so far, name: 'out' or 'err'."""
+        """What a process has written so far. `name` is 'out' or 'err'."""
         path = self._console(rank, name)
         return path.read_text() if path.exists() else ''
 
     def wait_for(self, condition, timeout=120):
-        """Until condition() is true; fails where the run ends before it is, or takes too long."""
+        """Wait until condition() is true. Fail if the run ends first or the timeout expires."""
         limit = time.monotonic() + timeout
         while not condition():
             assert any(process.is_alive() for process in self.processes) and time.monotonic() < limit, str(self)
@@ -107,7 +107,7 @@ class Forked:
         self.wait_for(lambda: text in self.read('out', rank))
 
     def finish(self, timeout=120):
-        """Wait for the processes → their exit statuses, that of a killed one being minus the signal."""
+        """Wait for the processes and return their exit statuses. The status of a killed process is minus the signal."""
         limit = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0, limit - time.monotonic()))
@@ -121,11 +121,11 @@ class Forked:
 
 
 class Run(Forked):
-    """A run of main.py with the FLAGS above and others.
+    """A run of main.py with FLAGS and `flags`.
 
     Args:
         folder: --output_dir.
-        before: called as before(rank) in each process before main.py begins.
+        before: called as before(rank) in each process before main.py starts.
         of_rank: rank → flags for that process only.
     """
 
@@ -142,7 +142,7 @@ class Run(Forked):
         assert set(self.finish()) == {0}, str(self)
 
     def error(self):
-        """The one line that the first process ends with, and no process a traceback; → it."""
+        """Return the only error line of the first process. Fail if any process prints a traceback."""
         assert not any('Traceback' in self.read('err', rank) for rank in range(len(self.processes))), str(self)
         line, = [line for line in self.read('err').splitlines() if line.startswith('main.py: error: ')]
         return line

@@ -1,8 +1,8 @@
-"""The cost of saving checkpoints: `python tests/faults/saving.py [flags of main.py]`.
+"""Measure the cost of saving checkpoints: `python tests/faults/saving.py [flags of main.py]`.
 
-One run that saves in every other epoch only; by default a run on the digits with a moving average. Prints how much more
-wall-clock and processor time an epoch with saving takes than the one before it without. On a shared machine, trust the
-processor time.
+One run saves in every second epoch only. By default it trains on the digits with a moving average. The script prints
+how much more wall-clock and processor time an epoch with saving takes than the previous epoch, without saving. On a
+shared machine, processor time is more reliable.
 """
 import statistics
 import sys
@@ -22,7 +22,7 @@ RECIPE = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--data-se
 
 
 def measure(flags):
-    """Train → (seconds, processor seconds) of each epoch; only the odd ones are saved."""
+    """Train and return (seconds, processor seconds) of each epoch. Only odd epochs are saved."""
     write, train_epoch, starts = CheckpointWriter.write, Trainer.train_epoch, []
 
     def timed_epoch(*args):
@@ -41,7 +41,7 @@ def measure(flags):
 
 if __name__ == '__main__':
     epochs = measure(sys.argv[1:] or RECIPE)
-    pairs = list(zip(epochs[2::2], epochs[3::2]))                          # without what the first epoch has to set up
+    pairs = list(zip(epochs[2::2], epochs[3::2]))                          # the first epochs include setup
     for i, what in enumerate(('wall-clock time', 'processor time')):
         without = statistics.median(one[i] for one, _ in pairs)
         cost = statistics.median(saved[i] - one[i] for one, saved in pairs)

@@ -1,6 +1,7 @@
-"""One fault of each main kind, for a quick check: `python -m pytest tests/faults/smoke.py`. The tests beside it have all.
+"""A quick check with one fault of each main kind: `python -m pytest tests/faults/smoke.py`.
 
-A SIGKILL while saving and one elsewhere, a SIGTERM, a full disk, a checkpoint that is cut, one that contains code.
+SIGKILL while saving and elsewhere, SIGTERM, a full disk, a truncated checkpoint, and a checkpoint that contains code.
+The other files in this folder test all faults.
 """
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Many nodes, and what happens to them: rows 4 and 5 of the table."""
+"""Faults of runs on several nodes, with torchrun and with Slurm."""
 import contextlib
 import os
 import re
@@ -23,18 +23,18 @@ class Progress:
     def time(self):
         try:
             return self.path.stat().st_mtime_ns
-        except FileNotFoundError:                                          # also for a moment while it is replaced
+        except FileNotFoundError:                                          # also briefly while it is replaced
             return 0
 
     def wait(self):
-        """Wait until a checkpoint is saved."""
+        """Wait until a new checkpoint is saved."""
         before = self.time()
         wait_for(lambda: self.time() > before, 180, f'a new {self.path}')
 
 
 @contextlib.contextmanager
 def logs_of(folder):
-    """Print the logs that a run has left in a folder if it fails."""
+    """Print the logs of a run if it fails."""
     try:
         yield
     except BaseException:
@@ -47,7 +47,7 @@ def logs_of(folder):
 # --- Two hosts ------------------------------------------------------------------------------------------------------
 
 def start_agents(start, folder):
-    """torchrun on both hosts → {host: process id of torchrun}."""
+    """Start torchrun on both hosts. Return {host: Popen of the parent process of torchrun}."""
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
     command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--max-restarts=3',
                '--rdzv-backend=c10d', '--rdzv-endpoint=nodea:29501', '--rdzv-id=evit', str(ROOT / 'main.py'), *FLAGS,
@@ -60,7 +60,7 @@ def start_agents(start, folder):
 
 
 def worker(agent):
-    """Process id of the worker of a host's torchrun, None where it has none."""
+    """Process id of the worker of a host's torchrun, or None if it has none."""
     for torchrun in children(agent.pid):
         for child in children(torchrun):
             if b'main.py' in Path(f'/proc/{child}/cmdline').read_bytes():
@@ -77,7 +77,7 @@ def test_worker_killed_on_two_hosts(tmp_path, undisturbed, table):
         for agent in agents.values():
             assert agent.wait(timeout=180) == 0
     assert_same(result(tmp_path), result(undisturbed(2)))
-    table(len(victims), 'torchrun on two hosts: a worker is killed with -9, and the job recovers by itself')
+    table(len(victims), 'torchrun on two hosts: SIGKILL to a worker; the job recovers by itself')
 
 
 # --- Slurm ----------------------------------------------------------------------------------------------------------
@@ -100,9 +100,9 @@ def submit_submitit(cluster, folder):
 
 
 def reach_time_limit(cluster, job):
-    """Bring the end of the job so near that Slurm, which looks every 30 s, sends it its signal.
+    """Shorten the time limit of the job so that Slurm, which checks it every 30 s, sends the signal.
 
-    Until then a stopped process holds the others up; Slurm wakes it before it sends the signal.
+    Until then, a stopped process blocks the others. Slurm continues it before it sends the signal.
     """
     os.kill(step_process(job, 1), signal.SIGSTOP)
     minutes = int(cluster.job(job)['RunTime'].split(':')[1]) + 2
@@ -112,7 +112,7 @@ def reach_time_limit(cluster, job):
 
 
 def step_process(job, rank):
-    """Process id of a process that srun has started; its data loaders' have its environment, and later ids."""
+    """Process id of a process started by srun. Its DataLoader workers have the same environment, but higher ids."""
     words = {f'SLURM_JOB_ID={job}', 'SLURM_STEP_ID=0', f'SLURM_PROCID={rank}'}
     found = []
     for path in Path('/proc').glob('[0-9]*/environ'):
@@ -123,12 +123,12 @@ def step_process(job, rank):
 
 
 def preempt(cluster, job):
-    """Have a job of a higher partition take the nodes for a moment."""
+    """Submit a short job to the high partition, which preempts the running one."""
     cluster('sbatch', '--partition=high', '--nodes=2', '--exclusive', '--output=/dev/null', '--wrap', 'sleep 1')
 
 
 def lose_node(cluster, job):
-    """Take a node out of service; it returns by itself."""
+    """Set a node to DOWN. It returns to service by itself."""
     cluster('scontrol', 'update', 'NodeName=n2', 'State=DOWN', 'Reason=test')
 
 
@@ -139,7 +139,7 @@ def test_slurm(cluster, tmp_path, undisturbed, table, submit):
         job = submit(cluster, tmp_path)
         for restarts, fault in enumerate(faults):
             cluster.wait_until(job, Restarts=str(restarts), JobState='RUNNING')
-            if restarts:                                                   # the first comes before training has begun
+            if restarts:                                                   # the first fault precedes training
                 progress.wait()
             fault(cluster, job)
         cluster.wait_until(job, Restarts=str(len(faults)), JobState='COMPLETED')

@@ -1,4 +1,4 @@
-"""--dist-eval: whatever the size and the number of processes, the figures are those of one process."""
+"""--dist-eval: for any data set size and number of processes, the figures equal those of one process."""
 import json
 
 import pytest
@@ -14,11 +14,11 @@ from samplers import EvalSampler
 from utils import seed_all
 
 SIZES = 1, 2, 3, 5, 97, 101, 360
-BATCH = 8                                              # so that shares end with batches of every size
+BATCH = 8                                              # gives last batches of various sizes
 
 
 def evaluate_all_sizes(path):
-    """The figures of the same model on subsets of the digits, written by the first process of the group."""
+    """Evaluate the same model on subsets of the digits. The first process of the group writes the figures to `path`."""
     device = init_process_group('cpu')
     seed_all(0)
     model = timm.create_model('deit_tiny_patch16_shrink_base', num_classes=10, img_size=32, base_keep_rate=0.7)
@@ -45,5 +45,5 @@ def test_uneven_shares(tmp_path, table):
         for other in others:
             assert {**other, 'loss': None} == {**one, 'loss': None}
             assert other['loss'] == pytest.approx(one['loss'], rel=0, abs=1e-6)
-    assert len({one['acc1'] for one in figures[1]}) > 3                                # the figures tell sizes apart
+    assert len({one['acc1'] for one in figures[1]}) > 3                                # figures depend on the size
     table(len(SIZES) * len(figures), f'evaluation of {", ".join(map(str, SIZES))} images by 1, 2 and 3 processes')

@@ -1,4 +1,4 @@
-"""A disk that fills up, a checkpoint that is damaged, and one that would run code."""
+"""Full disks, damaged checkpoints, and checkpoints that contain code."""
 import os
 import pickle
 import shutil
@@ -18,14 +18,14 @@ MIB = 2 ** 20
 CHECKPOINT = 86 * MIB                                  # roughly
 
 
-# --- A disk that fills up -------------------------------------------------------------------------------------------
+# --- Full disk ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder on a disk of its own, as small as `resize` makes it."""
+    """A folder on its own disk. `resize` sets the size of the disk."""
     folder = tmp_path / 'disk'
     folder.mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], check=True)     # for root
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], check=True)     # needs root
     yield folder
     subprocess.run(['umount', '--lazy', folder], check=True)
 
@@ -35,7 +35,7 @@ def resize(folder, size):
 
 
 def fill(folder):
-    """Take all the space that is left."""
+    """Fill all remaining space."""
     with (folder / 'filler').open('ab', buffering=0) as file:
         try:
             while file.write(bytes(MIB)):
@@ -47,19 +47,19 @@ def fill(folder):
 
 
 def opens(start):
-    """Whether a file operation opens a file whose name begins so."""
+    """A condition for `at_file_operation`: it opens a file whose name starts with `start`."""
     return lambda event, name: event == 'open' and name.startswith(start)
 
 
-FULL = [                                               # size of the disk in checkpoints, what it is filled up before
-    (0.5, None), (1.5, None),                          # the first checkpoint does not fit, the second does not
+FULL = [                                               # disk size in checkpoints, operation before which it fills up
+    (0.5, None), (1.5, None),                          # one checkpoint does not fit; two do not fit
     (6, opens('log.txt')),                             # at the end of the first epoch
-    (2.5, None), (3.2, None),                          # the third does not; nor do four, of which one is the best
+    (2.5, None), (3.2, None),                          # three do not fit; four, including the best, do not fit
     (6, opens('events.out.tfevents'))]
 
 
 def ends_for_lack_of_space(run, folder):
-    """All processes end with status 1 and a line; the remaining checkpoints are undamaged."""
+    """All processes exit with status 1 and an error line. The remaining checkpoints are undamaged."""
     assert run.finish() == [1] * len(run.processes), str(run)
     assert 'No space left' in run.error(), str(run)
     for path in folder.glob('*checkpoint.pth'):
@@ -79,7 +79,7 @@ def test_full_disk(disk, undisturbed, table):
             ends_for_lack_of_space(run, disk)
         assert (disk / 'checkpoint.pth').exists() == (size > 1)
         (disk / 'filler').unlink(missing_ok=True)
-    with Run(disk, *often, processes=2) as run:        # a picture for TensorBoard comes before the next checkpoint
+    with Run(disk, *often, processes=2) as run:        # an image for TensorBoard precedes the next checkpoint
         run.wait_for_line('Epoch: [1] [10/10]')
         fill(disk)
         ends_for_lack_of_space(run, disk)
@@ -87,14 +87,14 @@ def test_full_disk(disk, undisturbed, table):
     with Run(disk, *often, processes=2) as run:
         run.ends_well()
     assert_same(result(disk), result(undisturbed(2)))
-    table(len(FULL) + 1, 'the disk is full at a checkpoint, log.txt or TensorBoard\'s file: both processes end with 1, '
-                         'a line says why; with space again, resumed')
+    table(len(FULL) + 1, 'full disk while writing a checkpoint, log.txt or TensorBoard\'s file: both processes exit '
+                         'with 1, one line gives the cause; resumed when there is space again')
 
 
 # --- Damaged checkpoints --------------------------------------------------------------------------------------------
 
-CUTS = 0, 1, 1000, 0.3, 0.6, 0.99, -1000, -8, -2, -1                   # bytes, from the end if negative, or a share
-OFTEN = '--checkpoint-interval', 3                    # so that little is left to train, each time
+CUTS = 0, 1, 1000, 0.3, 0.6, 0.99, -1000, -8, -2, -1                   # bytes (negative: from the end) or a fraction
+OFTEN = '--checkpoint-interval', 3                    # so that few steps remain to train
 FLIPS = ('first', 'pickle', 'middle of the pickle', 0.2, 0.4, 0.6, 0.8, 'directory', 'end record', 'last')
 
 
@@ -103,7 +103,7 @@ def cut(data, place):
 
 
 def flip(data, place):
-    """The bytes of a zip archive with one bit that is another."""
+    """The bytes of a zip archive with one flipped bit."""
     pickle_start, pickle_end = data.index(b'data.pkl') + 8, data.index(b'PK\x03\x04', 4)
     offset = {'first': 0, 'pickle': pickle_start + 100, 'middle of the pickle': (pickle_start + pickle_end) // 2,
               'directory': data.rindex(b'PK\x01\x02') + 20, 'end record': data.rindex(b'PK\x05\x06') + 16,
@@ -115,7 +115,7 @@ def flip(data, place):
 
 @pytest.fixture(scope='module')
 def killed_before_its_last_save(tmp_path_factory):
-    """The folder of a run whose newest checkpoint is of step 18 of the last epoch, the one before it of step 15."""
+    """The folder of a run whose newest checkpoint is of step 18 of the last epoch. The previous one is of step 15."""
     folder, saves = tmp_path_factory.mktemp('killed') / 'run', []
 
     def last_save(event, name):
@@ -131,8 +131,8 @@ def killed_before_its_last_save(tmp_path_factory):
 
 
 def damaged_and_resumed(damage, place, source, folder):
-    """A copy of the folder with a damaged newest checkpoint is resumed to its end. → (what it leaves, its console)"""
-    shutil.copytree(source, folder, copy_function=os.link)                 # no file is changed in its place
+    """Copy a folder, damage its newest checkpoint and resume the run to its end. Return (result, console output)."""
+    shutil.copytree(source, folder, copy_function=os.link)                 # no file is modified in place
     newest = folder / 'checkpoint.pth'
     data = newest.read_bytes()
     newest.unlink()
@@ -163,14 +163,14 @@ def test_damaged_checkpoint(
             epochs = [line for line in console.splitlines() if line.startswith('Epoch')]
             assert epochs[0].startswith('Epoch: [1] [16/20]'), (place, console)
             assert_same(left, reference, f'{place}: {console}')
-    table(len(places), {cut: 'a checkpoint cut short', flip: 'a bit of a checkpoint flipped'}[damage]
-          + ': said, and the one before taken, whose loss is one interval')
+    table(len(places), {cut: 'a truncated checkpoint', flip: 'a flipped bit in a checkpoint'}[damage]
+          + ': reported; the previous checkpoint is used, and one interval is repeated')
 
 
-# --- Checkpoints that would run code --------------------------------------------------------------------------------
+# --- Checkpoints that contain code ----------------------------------------------------------------------------------
 
 class Malicious:
-    """What creates a file where it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -191,18 +191,19 @@ def write_zip(checkpoint, folder):
     torch.save(checkpoint, folder / 'checkpoint.pth')
 
 
-WAYS = ['--resume', 'checkpoint.pth'], ['--resume', 'auto'], ['--finetune', 'checkpoint.pth'], ['--resume', 'auto', '--eval']
+WAYS = (['--resume', 'checkpoint.pth'], ['--resume', 'auto'], ['--finetune', 'checkpoint.pth'],
+        ['--resume', 'auto', '--eval'])
 
 
 def refuses_malicious_checkpoint(write, ways, folder):
-    """Each of these flags, in which checkpoint.pth stands for the file, is refused with one line; no code runs."""
+    """main.py refuses the checkpoint with one line, for each of `ways` (lists of flags). No code runs."""
     made, folder = folder / 'made', folder / 'run'
     folder.mkdir()
     write({'model': {'weight': torch.zeros(1)}, 'epoch': Malicious(made)}, folder)
     file = folder / 'checkpoint.pth'
     if write != write_pickle:
         torch.load(file, weights_only=False)
-        made.unlink()                                  # so it is malicious
+        made.unlink()                                  # torch.load ran its code
     for flags in ways:
         flags = [file if flag == file.name else flag for flag in flags]
         with Run(folder, '--resume', '', *flags, '--epochs', '1') as run:
@@ -214,4 +215,4 @@ def refuses_malicious_checkpoint(write, ways, folder):
 @pytest.mark.parametrize('write', [write_pickle, write_old_format, write_zip, write_checkpoint])
 def test_malicious_checkpoint(write, tmp_path, table):
     refuses_malicious_checkpoint(write, WAYS, tmp_path)
-    table(len(WAYS), f'a checkpoint that would create a file, by {write.__name__}: refused, no file')
+    table(len(WAYS), f'a checkpoint that would create a file, by {write.__name__}: refused, no file is created')

@@ -1,4 +1,4 @@
-"""What a process may wait for in vain: an error on the first process's console that names the cause, and no hang."""
+"""Failures that could make other processes hang: none hangs, and the first process prints an error with the cause."""
 import os
 import shutil
 import signal
@@ -11,7 +11,7 @@ from runs import Run
 
 
 def hangs(run):
-    """The second process stops; the first names it."""
+    """Stop the second process. The error of the first process names it."""
     os.kill(run.pids[1], signal.SIGSTOP)
     run.processes[0].join(40)
     assert run.processes[0].exitcode == 1 and 'process 1' in run.error(), str(run)
@@ -23,7 +23,7 @@ def dies(run):
 
 
 def loses_a_worker(rank):
-    """A DataLoader worker of that process dies; the first says so, and both end."""
+    """Kill the DataLoader workers of process `rank`. The first process reports it, and both processes end."""
     def act(run):
         for worker in children(run.pids[rank]):
             os.kill(worker, signal.SIGKILL)
@@ -47,7 +47,7 @@ def test_process_that_hangs_or_dies(undisturbed, tmp_path, table):
         run.ends_well()
     assert_same(result(tmp_path), result(undisturbed(2)))
     for what in FAILURES:
-        table(1, f'{what}: the console of the first tells, no hang; then resumed')
+        table(1, f'{what}: reported on the first process\'s console, no hang; then resumed')
 
 
 @pytest.mark.parametrize('rank', [0, 1])
@@ -59,7 +59,7 @@ def test_data_set_that_vanishes(rank, image_folder, tmp_path, table):
         trees[rank].rename(tmp_path / 'gone')
         assert 0 not in run.finish(60), str(run)
         assert f'tree{rank}/' in run.error(), str(run)
-    table(1, f'a data set that vanishes under process {rank} of 2: the first one names the file')
+    table(1, f'the data set of process {rank} of 2 is removed: the error of the first process names the file')
 
 
 @pytest.mark.parametrize('flags, noticed', [(['--print-freq', '1'], 'logged'), (['--print-freq', '1000'], 'saved')],
@@ -70,4 +70,4 @@ def test_non_finite_loss(flags, noticed, tmp_path, table):
         assert run.finish() == [1, 1], str(run)
         assert 'the loss of step 2 is not finite' in run.error(), str(run)
     assert not list(tmp_path.glob('*.pth'))
-    table(1, f'a loss that is not finite, noticed where it is {noticed}: a line names the step, nothing is saved of it')
+    table(1, f'a non-finite loss, detected when a step is {noticed}: one line names the step, nothing is saved')

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: a resumed run ends as if nothing had happened."""
+"""SIGKILL at random moments: a resumed run has the same result as an undisturbed one."""
 import os
 import random
 import shutil
@@ -13,7 +13,7 @@ from runs import SAVES, Run, at_file_operation, fork
 
 
 def at_a_moment(draw, console):
-    """→ wait(run), until it is anywhere from its first line to its last evaluation."""
+    """Return wait(run, folder), which waits for a random moment between the first line and the last evaluation."""
     lines, delay = 1 + draw.randrange(console.count('\n') - 8), draw.uniform(0, 0.2)
 
     def wait(run, folder):
@@ -24,7 +24,7 @@ def at_a_moment(draw, console):
 
 
 def while_saving(draw, saves):
-    """→ wait(run), until it is somewhere in the writing of one of its saves."""
+    """Return wait(run, folder), which waits for a random moment while a checkpoint is written."""
     save, delay = draw.randrange(saves), draw.uniform(0, 0.03)
 
     def wait(run, folder):
@@ -39,7 +39,7 @@ def while_saving(draw, saves):
 
 
 def between_file_operations(draw, saves, folder):
-    """→ before(rank), which has the first process kill itself before the n-th file operation of one of its saves."""
+    """Return before(rank), which makes the first process kill itself before a random file operation of a save."""
     save, operation, count = draw.randrange(saves - 1), draw.randrange(4), [0, 0]
 
     def is_it(event, name):
@@ -57,7 +57,7 @@ def between_file_operations(draw, saves, folder):
 
 
 def killed_and_resumed(i, processes, seed, folder, undisturbed):
-    """One run that is killed, and the same command again, to its end. → whether it was saving; None: another end."""
+    """Kill a run, then run the same command to its end. Return whether the run was killed while saving."""
     draw = random.Random(f'{seed} {processes} {i}')
     victims = draw.choice([[0], [1], [0, 1]] if processes == 2 else [[0]])
     saves, before, wait = SAVES[processes], None, None
@@ -93,4 +93,4 @@ def test_sigkill(processes, undisturbed, seed, tmp_path, table):
                                [tmp_path / str(i) for i in range(10)], [reference] * 10))
     assert sum(saving) >= 4
     table(10, f'SIGKILL at a random moment, {processes} process{"es" if processes > 1 else ""}, '
-              f'{sum(saving)} of them while saving; then resumed')
+              f'{sum(saving)} times while saving; then resumed')
