@@ -219,11 +219,14 @@ def exit_failed(program, error):
     status, message, cause = 1, one_line(error), Failures.cause(error)
     if cause:
         shown, message = rank() == 0, cause
+    elif isinstance(error, ConnectionResetError) or str(error).startswith('DataLoader worker'):
+        # Depending on the moment at which a worker dies, torch reports its death, or only the pipe to it breaks
+        prefix = 'a DataLoader worker died: ' if isinstance(error, ConnectionResetError) else ''
+        shown, message = True, (f'{prefix}{message.strip()} It may have run out of memory: lower --num-workers or '
+                                '--batch-size')
     elif isinstance(error, (InputError, FloatingPointError, OSError)):
         status = 2 if isinstance(error, InputError) else 1
         shown = os.environ.get('LOCAL_RANK', '0') == '0' or isinstance(error, (DataError, OSError))
-    elif str(error).startswith('DataLoader worker'):
-        shown, message = True, f'{message.strip()} It may have run out of memory: lower --num-workers or --batch-size'
     else:
         traceback.print_exc()
         shown = False

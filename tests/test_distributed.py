@@ -1,5 +1,6 @@
 import os
 import queue
+import re
 import signal
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import distributed
-from distributed import Failures, StopSignal, adopt_slurm, init_process_group, world_size
+from distributed import Failures, StopSignal, adopt_slurm, exit_failed, init_process_group, world_size
 from utils import InputError
 
 
@@ -115,3 +116,16 @@ def test_gpu_of_the_local_rank(name, variables, expected, environment, monkeypat
         return
     assert init_process_group(name) == torch.device(expected) and chosen == [torch.device(expected)]
     assert joined == (['nccl'] if variables else [])
+
+
+@pytest.mark.parametrize('error, status, line', [
+    (InputError('wrong'), 2, 'wrong'), (FloatingPointError('not finite'), 1, 'not finite'),
+    (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), 1,
+     r'DataLoader worker \(pid 7\) is killed by signal: Killed. It may have run out of memory: .*'),
+    (ConnectionResetError(104, 'Connection reset by peer'), 1,
+     r'a DataLoader worker died: \[Errno 104\] Connection reset by peer It may have run out of memory: .*')])
+def test_exit_after_an_expected_failure(error, status, line, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        exit_failed('main.py', error)
+    assert exit_.value.code == status
+    assert re.fullmatch(f'main.py: error: {line}\n', capsys.readouterr().err)

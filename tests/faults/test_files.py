@@ -96,6 +96,7 @@ def test_full_disk(disk, undisturbed, table):
 CUTS = 0, 1, 1000, 0.3, 0.6, 0.99, -1000, -8, -2, -1                   # bytes (negative: from the end) or a fraction
 OFTEN = '--checkpoint-interval', 3                    # so that few steps remain to train
 FLIPS = ('first', 'pickle', 'middle of the pickle', 0.2, 0.4, 0.6, 0.8, 'directory', 'end record', 'last')
+HARMLESS = 'end record', 'last'                        # fields that torch.load does not need: the same values load
 
 
 def cut(data, place):
@@ -140,31 +141,35 @@ def damaged_and_resumed(damage, place, source, folder):
     with Run(folder, *OFTEN) as run:
         run.ends_well()
         console = run.read('out') + run.read('err')
-    assert (folder / 'damaged_checkpoint.pth').exists()
+    assert (folder / 'damaged_checkpoint.pth').exists() == (place not in HARMLESS)
     left = result(folder)
     shutil.rmtree(folder)
     return left, console
 
 
 @pytest.mark.parametrize('damage, places', [(cut, CUTS), (flip, FLIPS)])
-def test_damaged_checkpoint(
-        damage, places, killed_before_its_last_save, undisturbed, tmp_path, table):
+def test_damaged_checkpoint(damage, places, killed_before_its_last_save, undisturbed, tmp_path, table):
     reference, source = result(undisturbed(1)), killed_before_its_last_save
-    data = (source / 'checkpoint.pth').read_bytes()
+    whole, damaged = source / 'checkpoint.pth', tmp_path / 'damaged.pth'
     for place in places:
-        (tmp_path / 'damaged.pth').write_bytes(damage(data, place))
+        damaged.write_bytes(damage(whole.read_bytes(), place))
+        if place in HARMLESS:
+            assert_same(load_checkpoint(str(damaged)), load_checkpoint(str(whole)))
+            continue
         with pytest.raises(InputError, match='damaged.pth'):
-            load_checkpoint(str(tmp_path / 'damaged.pth'))
+            load_checkpoint(str(damaged))
     folders = [tmp_path / str(i) for i in range(len(places))]
     with ProcessPoolExecutor(2, fork) as pool:
         resumed = pool.map(damaged_and_resumed, [damage] * 10, places, [source] * 10, folders)
         for place, (left, console) in zip(places, resumed):
-            assert 'damaged' in console, (place, console)
+            assert ('damaged' in console) == (place not in HARMLESS), (place, console)
             epochs = [line for line in console.splitlines() if line.startswith('Epoch')]
-            assert epochs[0].startswith('Epoch: [1] [16/20]'), (place, console)
+            first = 19 if place in HARMLESS else 16
+            assert epochs[0].startswith(f'Epoch: [1] [{first}/20]'), (place, console)
             assert_same(left, reference, f'{place}: {console}')
     table(len(places), {cut: 'a truncated checkpoint', flip: 'a flipped bit in a checkpoint'}[damage]
-          + ': reported; the previous checkpoint is used, and one interval is repeated')
+          + ': reported; the previous checkpoint is used, and one interval is repeated'
+          + (f' ({len(HARMLESS)} flips are in unused fields and change nothing)' if damage is flip else ''))
 
 
 # --- Checkpoints that contain code ----------------------------------------------------------------------------------
