@@ -216,6 +216,7 @@ def exit_failed(program, error):
 
     An expected failure is one line, printed once; any other error is a traceback. The exit status is 2 for wrong input.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # torch's handler would raise if one more worker died here
     status, message, cause = 1, one_line(error), Failures.cause(error)
     if cause:
         shown, message = rank() == 0, cause
