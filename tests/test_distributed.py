@@ -13,19 +13,19 @@ from utils import InputError
 
 
 @pytest.fixture
-def environment(monkeypatch):
-    """A function that sets the given variables of launchers and deletes all others."""
+def environment():
+    """A function that sets the launchers' variables to the given ones; all variables are restored afterwards."""
+    before = dict(os.environ)
+
     def change(variables):
         for name in [*os.environ]:
             if name.startswith('SLURM_') or name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
-                monkeypatch.delenv(name)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+                del os.environ[name]
+        os.environ.update(variables)
 
-    before = dict(os.environ)
     yield change
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]                         # variables that adopt_slurm has set
+    os.environ.clear()
+    os.environ.update(before)
 
 
 SRUN = {'SLURM_PROCID': '1', 'SLURM_LOCALID': '0', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_STEP_NODELIST': 'n[7-8]',
