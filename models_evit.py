@@ -2,168 +2,51 @@
 
 Method: "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations" (ICLR 2022).
 In a few blocks, between attention and MLP, the tokens that the class token attends to most are kept and the others
-are dropped, or fused into one. Everything else is timm's vision transformer, subclassed here.
+are dropped, or fused into one (`token_reorganization.py`). Everything else is timm's vision transformer, subclassed
+here. A model of timm becomes an EViT with the weights that it has::
 
-Importing this module registers the models of `VARIANTS` with timm::
-
-    model = timm.create_model('deit_small_patch16_shrink_base', base_keep_rate=0.7, fuse_token=True)
+    model = timm.create_model('vit_base_patch14_reg4_dinov2.lvd142m', pretrained=True)
+    model = to_evit(model, base_keep_rate=0.7, fuse_token=True)
     logits = model(images)                                # each block at its own rate
     logits = model(images, keep_rate=0.9)                 # another rate in the `drop_loc` blocks, for this call
     logits, kept = model(images, get_idx=True)            # and which tokens each reorganising block kept
+
+Importing this module registers `VARIANTS`, the EViTs made of DeiTs, with timm::
+
+    model = timm.create_model('deit_small_patch16_shrink_base', base_keep_rate=0.7, fuse_token=True)
 """
 import dataclasses
-import math
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.layers import Mlp, resample_abs_pos_embed
+from timm.models import (build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model)
+from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 
-
-def num_kept(num_tokens, keep_rate):
-    """How many of `num_tokens` tokens a block of rate `keep_rate` keeps: k = ceil(rate · N), at most N (§3.2)."""
-    return num_tokens if keep_rate >= 1 else math.ceil(keep_rate * num_tokens)
-
-
-def reorganize_tokens(tokens, scores, k, fuse=False):
-    """Keep the k tokens with the highest scores; drop the others, or fuse them into one, placed last (§3.2, §3.3).
-
-    The fused token is the sum of score · token over the tokens that are not kept; the scores are not renormalised.
-
-    Args:
-        tokens: (B, N, C), without the class token and other protected ones.
-        scores: (B, N), attention of the class token to each of them.
-        k: number of tokens to keep, k < N.
-        fuse: whether to append the fused token.
-    Returns:
-        tokens (B, k, C), or (B, k + 1, C) with the fused one, and their positions in the input (B, k).
-    """
-    idx = scores.topk(k, dim=1, sorted=False).indices                                  # (B, k)
-    kept = tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))        # (B, k, C)
-    if fuse:
-        # Kept tokens get weight 0, which saves computing the complement of idx. Without autocast, because casting
-        # all tokens would cost more than this product saves.
-        with torch.autocast(tokens.device.type, enabled=False):
-            weights = scores.scatter(1, idx, 0.).to(tokens.dtype).unsqueeze(1)         # (B, 1, N)
-            kept = torch.cat([kept, weights @ tokens], dim=1)                          # (B, k + 1, C)
-    return kept, idx
-
-
-def class_attention(q, k, scale):
-    """Softmax attention of the class token to every token, averaged over heads (Eq. 2).
-
-    Computed in float32 or better, because it decides which tokens are kept. It is a sum of products instead of a matrix
-    product, which autocast or TF32 would round; for a single row that is no slower.
-
-    Args:
-        q: (B, H, N, D); only row 0, the class token's query, is read.
-        k: (B, H, N, D).
-        scale: factor of the product, 1/√D.
-    Returns:
-        (B, N); each row sums to 1.
-    """
-    query = q[:, :, :1].to(torch.promote_types(q.dtype, torch.float32)) * scale        # (B, H, 1, D)
-    return (query * k).sum(dim=-1).softmax(dim=-1).mean(dim=1)                         # (B, H, N) → (B, N)
-
-
-class ScoringAttention(Attention):
-    """timm's Attention that can also return how much the class token attends to each token.
-
-    Modifications: always uses scaled_dot_product_attention; with `return_scores`, the class token's row of the
-    attention is computed in addition, never the (N, N) matrix.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.fused_attn = True
-
-    def forward(self, x, return_scores=False, **kwargs):
-        """(B, N, C) → (B, N, C), and with `return_scores` the class token's attention (B, N)."""
-        if not return_scores:
-            return super().forward(x, **kwargs)
-        B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
-        x = self.norm(x.transpose(1, 2).reshape(B, N, -1))                             # (B, N, C)
-        return self.proj_drop(self.proj(x)), class_attention(q, k, self.scale)
-
-
-class InplaceGELU(nn.GELU):
-    """nn.GELU, in place if no gradient needs the input: the hidden layer of an MLP is then in memory once."""
-
-    def forward(self, x):
-        return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
-
-
-class EViTBlock(Block):
-    """timm's Block that can reorganise its tokens between attention and MLP.
-
-    Modifications: GELU in place; `keep_rate`, `fuse_token` and `num_prefix_tokens`, which the model sets. Prefix tokens
-    (class, distillation, registers) are protected: they are never dropped or fused. A block that keeps all tokens
-    computes the same as timm's.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{**kwargs, 'attn_layer': ScoringAttention})
-        if type(self.mlp.act) is nn.GELU:
-            self.mlp.act = InplaceGELU()
-        self.keep_rate = 1.
-        self.fuse_token = False
-        self.num_prefix_tokens = 1
-
-    def forward(self, x, keep_rate=None, tokens=None, get_idx=False):
-        """(B, P + N, C) → (B, P + k [+ 1], C) with P protected tokens.
-
-        Args:
-            keep_rate: fraction of the N tokens to keep; None for the block's own rate.
-            tokens: number of tokens k to keep, instead of a rate.
-            get_idx: also return the kept positions (B, k), None if all tokens were kept.
-        """
-        num_tokens = x.shape[1] - self.num_prefix_tokens
-        k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate) if tokens is None else tokens
-        if k >= num_tokens:
-            x, idx = super().forward(x), None
-        else:
-            attn, scores = self.attn(self.norm1(x), return_scores=True)
-            x = x + self.drop_path1(self.ls1(attn))
-            prefix, tokens = x.tensor_split([self.num_prefix_tokens], dim=1)
-            tokens, idx = reorganize_tokens(tokens, scores[:, self.num_prefix_tokens:], k, self.fuse_token)
-            x = torch.cat([prefix, tokens], dim=1)
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return (x, idx) if get_idx else x
+from token_reorganization import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock,
+                                  EViTEvaBlockPostNorm, EViTRopeAttention, InplaceGELU, num_kept, patches_after,
+                                  patches_per_token, rope_rows)
+from token_reorganization import class_attention, reorganize_tokens        # noqa: F401, for code that imports them here
 
 
 class TokenReorganization:
-    """Mixin that adds token reorganisation to a timm vision transformer.
+    """Mixin that adds token reorganisation to a vision transformer of timm.
+
+    Modifications: as `forward` says; position embeddings are resized as `resize_pos_embed` does. Where the head pools
+    by average, a fused token counts as many patches as it stands for.
 
     Args:
-        base_keep_rate: fraction of tokens that a reorganising block keeps, in (0, 1].
-        drop_loc: numbers of the reorganising blocks, from 0.
-        fuse_token: fuse the other tokens into one instead of dropping them.
-    Raises:
-        ValueError: a rate or a block number is out of range, or the model has no class token.
+        base_keep_rate, drop_loc, fuse_token: as in `to_evit`; all others are timm's.
     """
 
-    def __init__(self, *args, base_keep_rate=0.7, drop_loc=(3, 6, 9), fuse_token=False, **kwargs):
-        super().__init__(*args, block_fn=EViTBlock, **kwargs)
-        if not 0 < base_keep_rate <= 1:
-            raise ValueError(f'the keep rate must lie in (0, 1], not {base_keep_rate}')
-        if not all(0 <= i < len(self.blocks) for i in drop_loc):
-            raise ValueError(f'drop_loc {tuple(drop_loc)} names a block outside 0 to {len(self.blocks) - 1}')
-        if not self.has_class_token:
-            raise ValueError('the model has no class token, whose attention ranks the tokens')
-        self.base_keep_rate = base_keep_rate
-        self.drop_loc = tuple(drop_loc)
-        for i, block in enumerate(self.blocks):
-            block.keep_rate = base_keep_rate if i in self.drop_loc else 1.
-            block.fuse_token = fuse_token
-            block.num_prefix_tokens = self.num_prefix_tokens
+    def __init__(self, *args, base_keep_rate=0.7, drop_loc=None, fuse_token=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        to_evit(self, base_keep_rate, drop_loc, fuse_token)
 
     def forward(self, x, keep_rate=None, tokens=None, get_idx=False):
         """Classify images.
@@ -180,32 +63,97 @@ class TokenReorganization:
             tokens of the block's input without the protected ones. The output has the kept tokens in the order of
             these positions, then the fused token, so that positions of successive blocks compose.
         """
-        x, kept = self.forward_tokens(x, keep_rate, tokens)
-        logits = self.forward_head(x)
+        x, rope = self.embed(x)                                                        # (B, P + N, C)
+        num_patches = x.shape[1] - self.num_prefix_tokens
+        x, kept = self.run_blocks(x, rope, keep_rate, tokens)                          # (B, P + n, C)
+        logits = self.forward_head(self.weigh_tokens(self.norm(x), kept, num_patches))
         return (logits, kept) if get_idx else logits
 
     def forward_features(self, x, keep_rate=None):
         """Images (B, 3, H, W) → the remaining tokens (B, P + n, C), normalised."""
-        return self.forward_tokens(x, keep_rate)[0]
+        return self.norm(self.run_blocks(*self.embed(x), keep_rate)[0])
 
-    def forward_tokens(self, x, keep_rate=None, tokens=None):
-        """Images (B, 3, H, W) → tokens (B, P + n, C), [kept positions (B, k) for each reorganising block]."""
-        x = self._pos_embed(self.patch_embed(x))                                       # (B, P + N, C)
-        x = self.norm_pre(self.patch_drop(x))
-        kept = []
+    def embed(self, x):
+        """Images (B, 3, H, W) → tokens (B, P + N, C), and the rotary position embedding, None without one."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None
+
+    def run_blocks(self, x, rope, keep_rate=None, tokens=None):
+        """Tokens (B, P + N, C) → tokens (B, P + n, C), [kept positions (B, k) for each reorganising block]."""
         rates = self.block_keep_rates(keep_rate if tokens is None else 1.)
-        for block, rate, k in zip(self.blocks, rates, len(rates) * [None] if tokens is None else tokens, strict=True):
-            run = partial(checkpoint, block) if self.grad_checkpointing else block
-            x, idx = run(x, rate, k, True)
+        counts = len(rates) * [None] if tokens is None else tokens
+        patches, kept, num_patches = None, [], x.shape[1] - self.num_prefix_tokens
+        for i, (rate, count) in enumerate(zip(rates, counts, strict=True)):
+            x, idx = self.run_block(i, x, rope, patches, keep_rate=rate, tokens=count, get_idx=True)
             if idx is not None:
                 kept.append(idx)
-        return self.norm(x), kept
+                patches = None if rope is None else patches_after(patches, idx, num_patches)
+        return x, kept
 
-    def forward_intermediates(self, x, indices=None, *args, output_fmt='NCHW', **kwargs):
-        """timm's, with each block at its own rate; ValueError for output_fmt='NCHW' if tokens are dropped."""
-        if output_fmt == 'NCHW' and min(self.block_keep_rates()) < 1:
-            raise ValueError("the remaining tokens form no grid; use output_fmt='NLC' or a keep rate of 1")
-        return super().forward_intermediates(x, indices, *args, output_fmt=output_fmt, **kwargs)
+    def run_block(self, i, x, rope, patches, **kwargs):
+        """Run block `i` on tokens (B, P + n, C).
+
+        Args:
+            rope: as `embed` returns it.
+            patches: the patch of each token (B, n [+ 1]), see `patches_after`; None for all in their order.
+            kwargs: of the block's forward.
+        """
+        if rope is not None:
+            rope = rope[i] if self.rope_mixed else rope
+            num_tokens = x.shape[1] - self.num_prefix_tokens
+            kwargs['rope'] = rope if patches is None else rope_rows(rope, patches[:, :num_tokens])
+        block = self.blocks[i]
+        return checkpoint(block, x, **kwargs) if self.grad_checkpointing else block(x, **kwargs)
+
+    def weigh_tokens(self, x, kept, num_patches):
+        """Scale tokens (B, P + n, C) so that a mean over the patches' tokens weighs each by its number of patches.
+
+        A token begins as one patch, and a fused token stands for all patches of the tokens fused (`patches_per_token`).
+        Does nothing unless the head pools by average and tokens were fused.
+        """
+        if not (kept and self.fuse_token and self.global_pool == 'avg'):
+            return x
+        prefix, tokens = x.tensor_split([self.num_prefix_tokens], dim=1)
+        weights = patches_per_token(kept, num_patches) * (tokens.shape[1] / num_patches)                   # (B, n)
+        return torch.cat([prefix, tokens * weights.unsqueeze(-1).to(x.dtype)], dim=1)
+
+    def forward_intermediates(self, x, indices=None, return_prefix_tokens=False, norm=False, stop_early=False,
+                              output_fmt='NCHW', intermediates_only=False, output_dict=False, attn_mask=None,
+                              is_causal=False):
+        """timm's, with each block at its own rate.
+
+        'NCHW' gives the whole grid: the tokens that remain in their places, and every other patch as it was when it
+        left, after the attention of the block that did not keep it. 'NLC' gives the tokens that remain.
+
+        Raises:
+            ValueError: another output_fmt, or an attention mask, which would not fit the tokens that remain.
+        """
+        if output_fmt not in ('NCHW', 'NLC') or attn_mask is not None or is_causal:
+            raise ValueError("output_fmt must be 'NCHW' or 'NLC', and an EViT takes no attention mask")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        image_size, num_prefix_tokens = x.shape[-2:], self.num_prefix_tokens
+        x, rope = self.embed(x)
+        outputs, grid, patches, num_patches = [], None, None, x.shape[1] - num_prefix_tokens
+        for i in range(last + 1 if stop_early else len(self.blocks)):
+            x, idx, tokens = self.run_block(i, x, rope, patches, get_input=True)
+            if idx is not None:
+                grid = tokens if grid is None else place_tokens(tokens, patches, grid)                     # (B, N, C)
+                patches = patches_after(patches, idx, num_patches)
+            if i in take:
+                prefix, tokens = (self.norm(x) if norm else x).tensor_split([num_prefix_tokens], dim=1)
+                if output_fmt == 'NCHW':
+                    if grid is not None:
+                        tokens = place_tokens(tokens, patches, self.norm(grid) if norm else grid)
+                    grid_size = self.patch_embed.dynamic_feat_size(image_size)
+                    tokens = tokens.transpose(1, 2).unflatten(2, grid_size).contiguous()                   # (B, C, H, W)
+                outputs.append((tokens, prefix))
+        features = None if intermediates_only else self.norm(x)
+        if output_dict:
+            named = {'image_intermediates': [tokens for tokens, _ in outputs],
+                     'image_intermediates_prefix': [prefix for _, prefix in outputs] if return_prefix_tokens else None,
+                     'image_features': features}
+            return {name: value for name, value in named.items() if value is not None}
+        outputs = outputs if return_prefix_tokens else [tokens for tokens, _ in outputs]
+        return outputs if intermediates_only else (features, outputs)
 
     def block_keep_rates(self, keep_rate=None):
         """The rate of each block for the `keep_rate` of `forward`; ValueError if it is not valid."""
@@ -233,27 +181,155 @@ class TokenReorganization:
         """timm's, but the position embedding is resized as on loading a checkpoint (`resize_pos_embed`)."""
         pos_embed, grid_size = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(img_size, patch_size)
-        if self.patch_embed.grid_size != grid_size:
-            resized = resize_pos_embed(pos_embed.detach(), self, grid_size)
+        if pos_embed is not None and self.patch_embed.grid_size != grid_size:
+            resized = resize_pos_embed(pos_embed.detach(), self, self.patch_embed.grid_size, grid_size)
             self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
+
+    def _pos_embed(self, x):
+        if not self.dynamic_img_size or antialiases(self):
+            return super()._pos_embed(x)
+        # timm's antialiases
+        pos_embed = resize_pos_embed(self.pos_embed, self, x.shape[1:3], self.patch_embed.grid_size)
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, getattr(self, 'dist_token', None),
+                                                             self.reg_token) if token is not None]
+        x = x.flatten(1, 2)                                                            # (B, H, W, C) → (B, N, C)
+        if self.no_embed_class:
+            return self.pos_drop(torch.cat([*prefix, x + pos_embed], dim=1))
+        return self.pos_drop(torch.cat([*prefix, x], dim=1) + pos_embed)
 
 
 class EViT(TokenReorganization, VisionTransformer):
-    """A DeiT that reorganises its tokens."""
+    """A `VisionTransformer` that reorganises its tokens."""
 
 
 class EViTDistilled(TokenReorganization, VisionTransformerDistilled):
-    """A DeiT with a distillation token, which is protected, that reorganises its tokens."""
+    """A `VisionTransformer` with a distillation token, which is protected, that reorganises its tokens."""
 
 
-def resize_pos_embed(pos_embed, model, grid_size=None):
-    """Resize a position embedding (1, P + N, C) to the grid of `model`: bicubic without antialiasing, as in DeiT.
+class EViTEva(TokenReorganization, Eva):
+    """An `Eva` that reorganises its tokens, with the rows of the rotary position embedding that are theirs."""
 
-    `grid_size` is its present grid (rows, columns), a square if None.
+    def embed(self, x):
+        x, rope = self._pos_embed(self.patch_embed(x))
+        return self.norm_pre(x), rope
+
+
+def place_tokens(tokens, patches, grid):
+    """Put tokens (B, n, C) in their places on a grid (B, N, C); a fused token has none. `patches` as in `run_block`."""
+    idx = patches[:, :tokens.shape[1], None].expand_as(tokens)                         # (B, n, C)
+    return F.pad(grid, (0, 0, 0, 1)).scatter(1, idx, tokens)[:, :-1]
+
+
+def antialiases(model):
+    """Whether the model's family resizes a position embedding with antialiasing: timm does, DeiT and EViT do not."""
+    return not ((getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or '').startswith('deit')
+
+
+def resize_pos_embed(pos_embed, model, new_size=None, old_size=None):
+    """Resize a position embedding to a grid, bicubic, as the model's family does (`antialiases`).
+
+    Args:
+        pos_embed: (1, P + N, C), or (1, N, C) if the model's prefix tokens have none.
+        model: a model with `patch_embed`.
+        new_size: (rows, columns); the model's if None.
+        old_size: its present size; a square if None.
     """
     num_prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens
-    return resample_abs_pos_embed(pos_embed, model.patch_embed.grid_size, grid_size, num_prefix_tokens, antialias=False)
+    return resample_abs_pos_embed(pos_embed, new_size or model.patch_embed.grid_size, old_size, num_prefix_tokens,
+                                  antialias=antialiases(model))
 
+
+# --- Any model of timm ----------------------------------------------------------------------------------------------
+
+EVIT_CLASSES = {
+    VisionTransformer: EViT, VisionTransformerDistilled: EViTDistilled, Eva: EViTEva,
+    Block: EViTBlock, EvaBlock: EViTEvaBlock, EvaBlockPostNorm: EViTEvaBlockPostNorm,
+    Attention: EViTAttention, EvaAttention: EViTEvaAttention, AttentionRope: EViTRopeAttention,
+    nn.GELU: InplaceGELU,
+}
+TIMM_CLASSES = {ours: theirs for theirs, ours in EVIT_CLASSES.items()}
+UNSERVED = {
+    **dict.fromkeys(['Beit', 'VisionTransformerRelPos', 'VisionTransformerSAM'],
+                    'its attention has a relative position bias'),
+    'NaFlexVit': 'a batch of it has images of several sizes (NaFlex)',
+}
+
+
+def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False):
+    """Turn a vision transformer of timm into an EViT, in place: its parameters and their names stay.
+
+    timm's methods go on to work, `from_evit` turns it back. A call on an EViT sets its settings anew.
+
+    Args:
+        model: a `VisionTransformer`, `VisionTransformerDistilled` or `Eva` with a class token.
+        base_keep_rate: fraction of tokens that a reorganising block keeps, in (0, 1].
+        drop_loc: numbers of the reorganising blocks, from 0; after a quarter, a half and three quarters of the blocks
+            if None, as in the paper (3, 6 and 9 of 12).
+        fuse_token: fuse the other tokens into one instead of dropping them.
+    Returns:
+        the model.
+    Raises:
+        ValueError: it cannot be an EViT, for the reason that the message names, or a rate or a block number is out of
+            range. The model is unchanged then.
+    """
+    reason = obstacle(model)
+    if reason:
+        raise ValueError(f'{type(model).__name__} cannot become an EViT: {reason}')
+    depth = len(model.blocks)
+    drop_loc = sorted({depth // 4, depth // 2, 3 * depth // 4}) if drop_loc is None else drop_loc
+    if not 0 < base_keep_rate <= 1:
+        raise ValueError(f'the keep rate must lie in (0, 1], not {base_keep_rate}')
+    if not all(0 <= i < depth for i in drop_loc):
+        raise ValueError(f'drop_loc {tuple(drop_loc)} names a block outside 0 to {depth - 1}')
+    swap_classes(model, EVIT_CLASSES)
+    model.base_keep_rate, model.drop_loc, model.fuse_token = base_keep_rate, tuple(drop_loc), fuse_token
+    for i, block in enumerate(model.blocks):
+        block.keep_rate = base_keep_rate if i in drop_loc else 1.
+        block.fuse_token, block.num_prefix_tokens = fuse_token, model.num_prefix_tokens
+    return model
+
+
+def from_evit(model):
+    """Turn an EViT back into timm's model, in place; → the model."""
+    swap_classes(model, TIMM_CLASSES)
+    for module, names in ((model, ('base_keep_rate', 'drop_loc', 'fuse_token')),
+                          *((block, ('keep_rate', 'fuse_token', 'num_prefix_tokens')) for block in model.blocks)):
+        for name in names:
+            vars(module).pop(name, None)
+    return model
+
+
+def swap_classes(model, classes):
+    """Give the parts of a model that an EViT changes the classes {present class: other class}."""
+    blocks = list(model.blocks)
+    activations = [block.mlp.act for block in blocks if type(block.mlp) is Mlp]
+    for module in (model, *blocks, *(block.attn for block in blocks), *activations):
+        module.__class__ = classes.get(type(module), type(module))
+
+
+def obstacle(model):
+    """Why a model cannot become an EViT, as half a sentence; None if it can."""
+    def is_served(module):
+        return type(module) in EVIT_CLASSES or isinstance(module, tuple(TIMM_CLASSES))
+
+    if not is_served(model):
+        return UNSERVED.get(type(model).__name__, 'it is no VisionTransformer or Eva of timm')
+    if model.cls_token is None:
+        return 'it has no class token, whose attention ranks the tokens'
+    for block in model.blocks:
+        if not is_served(block):
+            return f'its blocks are {type(block).__name__}; Block, EvaBlock and EvaBlockPostNorm are served'
+        if not is_served(block.attn):
+            return (f'its attention is {type(block.attn).__name__}; Attention, EvaAttention and AttentionRope are '
+                    'served')
+        if getattr(block.attn, 'gate', None) is not None:
+            return 'its attention is gated'
+        if getattr(block.attn, 'num_kv_groups', 1) > 1:
+            return 'its queries share keys (grouped-query attention)'
+    return None
+
+
+# --- Registered models ----------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -296,7 +372,8 @@ def _register(name, variant):
         kwargs = dict(patch_size=16, depth=12, base_keep_rate=variant.keep_rate, **SIZES[variant.size]) | kwargs
         return build_model_with_cfg(
             EViTDistilled if variant.distilled else EViT, name, pretrained,
-            pretrained_filter_fn=partial(checkpoint_filter_fn, antialias=False), **kwargs)
+            pretrained_filter_fn=partial(checkpoint_filter_fn, antialias=False),
+            feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'), **kwargs)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f'EViT on {variant}.'

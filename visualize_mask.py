@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
+from token_reorganization import patches_after
 from utils import eval_mode
 
 SHEET_WIDTH = 1680     # pixels at most, unless the headers of very many stages need more
@@ -46,7 +47,7 @@ def patches_of_tokens(kept, batch_size, num_patches, device=None):
     """
     patches = [torch.arange(num_patches, device=device).expand(batch_size, -1)]        # (B, N)
     for idx in kept:
-        patches.append(patches[-1] if idx is None else F.pad(patches[-1].gather(1, idx), (0, 1), value=num_patches))
+        patches.append(patches[-1] if idx is None else patches_after(patches[-1], idx, num_patches))
     return patches
 
 
@@ -94,7 +95,9 @@ def observe(model, images, keep_rate=None):
         for block in (model.blocks[i] for i in blocks):
             # Computed once more, because a block that keeps all of its tokens computes no scores
             hooks.enter_context(block.attn.register_forward_hook(
-                lambda attn, args, _: scores.append(attn.forward(args[0], return_scores=True)[1])))
+                lambda attn, args, options, _: scores.append(
+                    attn.forward(*args, **{name: options[name] for name in options if name == 'rope'},
+                                 return_scores=True)[1]), with_kwargs=True))
             hooks.enter_context(block.register_forward_hook(lambda _, args, output: kept.append(output[1])))
         logits = model(images, keep_rate)
     grid_size = model.patch_embed.dynamic_feat_size(images.shape[-2:])
