@@ -3,6 +3,8 @@ import argparse
 import ast
 import math
 
+import timm
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """argparse's that adds defaults to the help, except empty ones."""
@@ -64,6 +66,18 @@ def key_value(text):
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return key, value
+
+
+def timm_model(text):
+    """An argparse type: the name of a model that timm knows, with a tag of pretrained weights or without."""
+    try:
+        if timm.is_model(text):
+            timm.get_pretrained_cfg(text)
+            return text
+        reason = 'is neither in models_evit.py nor in timm'
+    except RuntimeError as error:                      # the tag
+        reason = f'is not in timm: {error}'
+    raise argparse.ArgumentTypeError(f'{text} {reason}')
 
 
 def with_dashes(flag):

@@ -1,19 +1,23 @@
 """Checkpoints: write, find, read and load them, for resuming, finetuning and evaluating."""
 import argparse
 import contextlib
+import inspect
 import io
 import math
 import os
 import shutil
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import safetensors.torch
 import timm
 import torch
+from timm.models import clean_state_dict
 
 from distributed import all_reduce, log, rank
-from models_evit import resize_pos_embed
+from models_evit import antialiases
 from utils import InputError, atomic_write, one_line, open_durably
 
 NEWEST, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
@@ -168,7 +172,7 @@ def load_checkpoint(source):
     containers.
 
     Returns:
-        The checkpoint, a dict with the key 'model'; a bare state dict is put under that key.
+        The checkpoint, a dict with the key 'model'; a state dict, bare or under a usual name, is put under that key.
     Raises:
         InputError: the file does not exist or cannot be read; DamagedCheckpoint: it is no checkpoint.
     """
@@ -180,9 +184,13 @@ def load_checkpoint(source):
                 checkpoint = torch.hub.load_state_dict_from_url(source, map_location='cpu', check_hash=True,
                                                                 weights_only=True)
             else:
-                file = io.BytesIO(Path(source).read_bytes())
-                check_records(file, source)
-                checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+                data = Path(source).read_bytes()
+                if source.endswith('.safetensors'):
+                    checkpoint = safetensors.torch.load(data)
+                else:
+                    file = io.BytesIO(data)
+                    check_records(file, source)
+                    checkpoint = torch.load(file, map_location='cpu', weights_only=True)
     except (OSError, MemoryError) as error:
         raise InputError(f'checkpoint {source} cannot be read: {error or "out of memory"}') from None
     except DamagedCheckpoint:
@@ -193,7 +201,7 @@ def load_checkpoint(source):
             f'{source} is not a checkpoint: it is no file of torch.save, is cut short or damaged, or holds more '
             'than tensors and plain values, which is not loaded because it could run code') from None
     if isinstance(checkpoint, dict) and 'model' not in checkpoint:
-        checkpoint = {'model': checkpoint}
+        checkpoint = {'model': checkpoint.get('state_dict', checkpoint)}
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint['model'], dict)
             and all(isinstance(value, torch.Tensor) for value in checkpoint['model'].values()) and checkpoint['model']):
         raise DamagedCheckpoint(f'{source} is not a checkpoint: it holds no state dict of a model')
@@ -228,7 +236,7 @@ def load_run(source, settings, evaluates_only):
     trained = checkpoint.get('args') or {}
     if isinstance(trained, argparse.Namespace):        # of the original code, whose lr is the scaled one
         trained = {name: value for name, value in vars(trained).items() if name != 'lr'}
-    model = 'model', 'input_size', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'drop_loc'
+    model = 'model', 'pretrained', 'input_size', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'drop_loc'
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
                 'weight_decay')
     for name in () if evaluates_only else ('opt', 'sched'):
@@ -261,8 +269,12 @@ def load_weights(model, weights, source, optional=()):
 
 
 def load_finetune(model, source):
-    """Start from a checkpoint that may have another head or resolution; report what is dropped or resized."""
-    weights, own = load_checkpoint(source)['model'], model.state_dict()
+    """Start from a checkpoint that may have another head or resolution, or be in the format of its own code.
+
+    What is dropped or resized is reported.
+    """
+    original = load_checkpoint(source)['model']
+    weights, own = convert_weights(original, model, source), model.state_dict()
     classifiers = model.pretrained_cfg['classifier']
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     head = {f'{name}.{part}' for name in classifiers for part in ('weight', 'bias')}
@@ -272,15 +284,35 @@ def load_finetune(model, source):
             del weights[key]
     for key in sorted(head & own.keys() - weights.keys()):
         log(f'{source}: no {key} is taken, it starts anew')
-    old = weights.get('pos_embed')
-    if old is not None and old.ndim == 3 and 'pos_embed' in own and old.shape != own['pos_embed'].shape:
-        num_patches = old.shape[1] - model.num_prefix_tokens
-        grid_size = math.isqrt(max(0, num_patches))
-        if grid_size > 0 and grid_size ** 2 == num_patches:
-            weights['pos_embed'] = resize_pos_embed(old, model)
-            log(f'{source}: resized pos_embed from {grid_size}×{grid_size} patches to '
-                f'{"×".join(map(str, model.patch_embed.grid_size))}')
+    for key in sorted(original.keys() & weights.keys()):
+        old, new = original[key].shape, weights[key].shape
+        if key == 'pos_embed' and old != new:
+            num_patches = old[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
+            side = math.isqrt(num_patches)
+            old = f'{side}×{side} patches' if side ** 2 == num_patches else f'{num_patches} patches'
+            new = '×'.join(map(str, model.patch_embed.grid_size))
+        if old != new:
+            log(f'{source}: resized {key} from {old} to {new}')
     load_weights(model, weights, source, optional=head)
+
+
+def convert_weights(weights, model, source):
+    """A state dict in the format of its own code → in that of `model`, by timm's conversion for it.
+
+    Position embeddings are resized as `models_evit.resize_pos_embed` does. Raises InputError if the conversion fails.
+    """
+    weights = clean_state_dict(weights)
+    module = timm.model_entrypoint(model.pretrained_cfg['architecture']).__module__
+    convert = getattr(sys.modules[module], 'checkpoint_filter_fn', None)
+    if convert is None:
+        return weights
+    options = {'antialias': antialiases(model), 'adapt_layer_scale': True}
+    options = {name: options[name] for name in options if name in inspect.signature(convert).parameters}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):                    # timm prints parameters that are missing
+            return dict(convert(weights, model, **options))
+    except Exception as error:
+        raise InputError(f'{source} is a checkpoint of another model: {one_line(error)}') from None
 
 
 def load_teacher(name, path, num_classes, input_size, device):

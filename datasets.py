@@ -3,12 +3,14 @@ import json
 import random
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_data_config
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
@@ -176,6 +178,28 @@ def spread(dataset, number):
 
 # --- Transforms -----------------------------------------------------------------------------------------------------
 
+class Preprocessing(NamedTuple):
+    """How pictures become the input of a model, by default that of DeiT and EViT.
+
+    Attributes:
+        mean, std: of the three channels, in [0, 1], for normalisation.
+        interpolation: of the resize before evaluation.
+        crop_pct: side of the central crop for evaluation relative to that of the resized picture.
+        crop_mode: 'center', 'squash' or 'border', as in timm's `create_transform`.
+    """
+    mean: tuple = IMAGENET_DEFAULT_MEAN
+    std: tuple = IMAGENET_DEFAULT_STD
+    interpolation: str = 'bicubic'
+    crop_pct: float = 224 / 256
+    crop_mode: str = 'center'
+
+
+def pretrained_input(model_name):
+    """The side in pixels and the `Preprocessing` of the images that timm's weights of a model were trained with."""
+    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model_name).to_dict())
+    return config.pop('input_size')[-1], Preprocessing(**config)
+
+
 class FastRandomResizedCrop(RandomResizedCropAndInterpolation):
     """timm's random resized crop, with the same random draws, of a picture or its pixels, uint8 (3, H, W) → picture.
 
@@ -194,7 +218,7 @@ class FastRandomResizedCrop(RandomResizedCropAndInterpolation):
 
 
 def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=False, *, color_jitter=0.4,
-                    aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic'):
+                    aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', preprocessing=Preprocessing()):
     """Picture → uint8 (3, S, S), by the DeiT recipe or, for digits, a gentle version of it.
 
     Normalisation (`DeviceLoader`) and random erasing (`train_one_epoch`) follow on the device.
@@ -205,13 +229,14 @@ def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=Fal
         input_size: S, in pixels.
         fast_resize: `FastRandomResizedCrop` in training.
         color_jitter, aa, train_interpolation: as in timm's `create_transform`.
+        preprocessing: for evaluation, its resize and crop, except that digits are never cropped.
     """
     digits = data_set in DIGITS
     unchanged = data_set == 'CIFAR' and input_size == 32                   # not resized: a shift replaces the crop
     if not is_train:
-        size = (input_size, input_size) if digits or unchanged else int(256 / 224 * input_size)
-        resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
-        return transforms.Compose([resize, transforms.CenterCrop(input_size), transforms.PILToTensor()])
+        _, _, interpolation, crop_pct, crop_mode = preprocessing
+        return create_transform(input_size, is_training=False, use_prefetcher=True, interpolation=interpolation,
+                                crop_pct=1. if digits or unchanged else crop_pct, crop_mode=crop_mode)
     # A digit is upright and fills its picture: no mirroring, and crops that leave it whole
     gentle = dict(scale=(0.85, 1.), ratio=(0.95, 1.05), hflip=0.) if digits else {}
     try:
@@ -240,15 +265,16 @@ class DeviceLoader:
         loader: yields (uint8 images, labels), in pinned memory for copies in parallel with other work.
         device: torch.device.
         channels_last: memory format of the images.
+        preprocessing: whose mean and std normalise the images.
     """
 
-    def __init__(self, loader, device, channels_last=False):
-        self.loader, self.device = loader, device
+    def __init__(self, loader, device, channels_last=False, preprocessing=Preprocessing()):
+        self.loader, self.device, self.preprocessing = loader, device, preprocessing
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.dataset, self.sampler = loader.dataset, loader.sampler
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self.mean, self.std = (torch.tensor(statistic, device=device).view(1, 3, 1, 1)
-                               for statistic in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+                               for statistic in (preprocessing.mean, preprocessing.std))
 
     def __len__(self):
         return len(self.loader)
@@ -273,10 +299,10 @@ class DeviceLoader:
 
 
 def build_loader(dataset, sampler, batch_size, device, num_workers=0, pin_memory=True, drop_last=False,
-                 channels_last=False, worker_init_fn=None):
+                 channels_last=False, worker_init_fn=None, preprocessing=Preprocessing()):
     """The `DeviceLoader` of a data set of uint8 images; its workers stay alive between epochs."""
     return DeviceLoader(
         DataLoader(dataset, batch_size, sampler=sampler, drop_last=drop_last, num_workers=num_workers,
                    persistent_workers=num_workers > 0, pin_memory=pin_memory and device.type == 'cuda',
                    worker_init_fn=worker_init_fn),
-        device, channels_last)
+        device, channels_last, preprocessing)

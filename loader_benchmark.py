@@ -17,21 +17,20 @@ from typing import Callable, NamedTuple
 import PIL
 import torch
 import torchvision
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from arguments import ArgumentParser, positive
+from arguments import ArgumentParser, positive, timm_model
 from benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
-from datasets import SeededDataset, build_dataset, build_loader
+from datasets import Preprocessing, SeededDataset, build_dataset, build_loader, pretrained_input
 from lmdb_dataset import ImageFolderLMDB
 from samplers import EvalSampler, TrainSampler
 from utils import InputError, allow_fast_kernels, one_line
 
 # The training transform of DeiT (Touvron et al., 2021, table 9)
-AUGMENTATION = dict(color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic')
+AUGMENTATION = dict(color_jitter=0.4, aa='rand-m9-mstd0.5-inc1')
 ERASING = dict(probability=0.25, mode='pixel')
 
 
@@ -46,6 +45,7 @@ class LoadingProtocol:
         num_workers: number of worker processes where all are measured.
         windows: number of timed windows.
         window_seconds: minimum duration of a window.
+        preprocessing: resize, crop and normalisation; its interpolation is that of the training crops, too.
     """
     input_size: int
     batch_size: int
@@ -53,6 +53,7 @@ class LoadingProtocol:
     num_workers: int
     windows: int
     window_seconds: float
+    preprocessing: Preprocessing = Preprocessing()
 
     def __str__(self):
         return (f'batches of {self.batch_size} of {self.input_size}×{self.input_size}, normalised float32 on '
@@ -83,16 +84,11 @@ class Pipeline(NamedTuple):
             yield from self.batches(self.dataset, num_workers)
 
 
-def plain_transform(is_train, input_size):
+def plain_transform(is_train, input_size, preprocessing=Preprocessing()):
     """The baseline's transform: picture → normalised float32 (3, S, S), each step on the CPU, image by image."""
-    if is_train:
-        return create_transform(
-            input_size, is_training=True, color_jitter=AUGMENTATION['color_jitter'], auto_augment=AUGMENTATION['aa'],
-            interpolation=AUGMENTATION['train_interpolation'], re_prob=ERASING['probability'], re_mode=ERASING['mode'])
-    return transforms.Compose([
-        transforms.Resize(int(256 / 224 * input_size), transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(input_size), transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    augmentation = dict(color_jitter=AUGMENTATION['color_jitter'], auto_augment=AUGMENTATION['aa'],
+                        re_prob=ERASING['probability'], re_mode=ERASING['mode']) if is_train else {}
+    return create_transform(input_size, is_training=is_train, **preprocessing._asdict(), **augmentation)
 
 
 def plain_batches(dataset, num_workers, is_train, batch_size, device):
@@ -102,13 +98,13 @@ def plain_batches(dataset, num_workers, is_train, batch_size, device):
     return (images.to(device, non_blocking=True) for images, _ in loader)
 
 
-def our_batches(dataset, num_workers, is_train, batch_size, device):
+def our_batches(dataset, num_workers, is_train, batch_size, device, preprocessing):
     """Batches as main.py loads them, with random erasing on the device as in `train_one_epoch`."""
+    load = functools.partial(build_loader, batch_size=batch_size, device=device, num_workers=num_workers,
+                             preprocessing=preprocessing)
     if not is_train:
-        loader = build_loader(dataset, EvalSampler(dataset, 1, 0), batch_size, device, num_workers)
-        return (images for images, _ in loader)
-    sampler = TrainSampler(dataset, num_replicas=1, rank=0)
-    loader = build_loader(SeededDataset(dataset), sampler, batch_size, device, num_workers)
+        return (images for images, _ in load(dataset, EvalSampler(dataset, 1, 0)))
+    loader = load(SeededDataset(dataset), TrainSampler(dataset, num_replicas=1, rank=0))
     erase = RandomErasing(**ERASING, device=device)
     return (erase(images) for images, _ in loader)
 
@@ -124,15 +120,17 @@ def pipelines(data_path, is_train, protocol):
     if not folder.is_dir() and not database.exists():
         raise InputError(f'--data-path {data_path} has neither {folder.name}/ nor {database.name}')
     settings = dict(is_train=is_train, batch_size=protocol.batch_size, device=protocol.device)
-    transform = plain_transform(is_train, protocol.input_size)
+    transform = plain_transform(is_train, protocol.input_size, protocol.preprocessing)
     plain = ImageFolder(folder, transform) if folder.is_dir() else ImageFolderLMDB(database, transform)
     yield Pipeline(f'{split}, {type(plain).__name__}, plain', plain, functools.partial(plain_batches, **settings))
     for use_lmdb, fast_resize in itertools.product((False, True), (False, True) if is_train else (False,)):
         if (database if use_lmdb else folder).exists():
             dataset = build_dataset(is_train, data_set='IMNET', data_path=data_path, use_lmdb=use_lmdb,
-                                    input_size=protocol.input_size, fast_resize=fast_resize, **AUGMENTATION)
+                                    input_size=protocol.input_size, fast_resize=fast_resize,
+                                    train_interpolation=protocol.preprocessing.interpolation,
+                                    preprocessing=protocol.preprocessing, **AUGMENTATION)
             yield Pipeline(f'{split}, {type(dataset).__name__}{", --fast-resize" if fast_resize else ""}', dataset,
-                           functools.partial(our_batches, **settings))
+                           functools.partial(our_batches, preprocessing=protocol.preprocessing, **settings))
 
 
 # --- Time -----------------------------------------------------------------------------------------------------------
@@ -230,12 +228,17 @@ def parse_args(argv=None):
                         help='folder with train/ and val/, or train.lmdb and val.lmdb, or both')
     parser.add_argument('--num-workers', type=positive(int), default=min(10, os.cpu_count()),
                         help='number of processes that load images (default: %(default)s)')
-    parser.add_argument('--input-size', type=positive(int), default=224,
-                        help='height and width of the images in pixels (default: %(default)s)')
+    parser.add_argument('--model', type=timm_model,
+                        help='load images as the pretrained weights of this timm model take them (default: as DeiT)')
+    parser.add_argument('--input-size', type=positive(int),
+                        help="height and width of the images in pixels (default: the model's, 224 for DeiT)")
     parser.add_argument('--batch-size', type=positive(int), default=16,
                         help='images per batch (default: %(default)s)')
     add_protocol_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    input_size, args.preprocessing = pretrained_input(args.model) if args.model else (224, Preprocessing())
+    args.input_size = args.input_size or input_size
+    return args
 
 
 def main(argv=None):
@@ -243,7 +246,7 @@ def main(argv=None):
     args = parse_args(argv)
     allow_fast_kernels(args.device)
     protocol = LoadingProtocol(args.input_size, args.batch_size, args.device, args.num_workers, args.windows,
-                               args.window_seconds)
+                               args.window_seconds, args.preprocessing)
     measure_loading(args.data_path, protocol)
 
 

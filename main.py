@@ -9,33 +9,33 @@ import signal
 import sys
 from functools import partial
 
-import timm
 import torch
 from timm.data import Mixup
-from timm.layers import to_2tuple
 from torch.utils.data import Subset
 
 from arguments import (ArgumentParser, HelpFormatter, block_numbers, count, key_value, non_negative, positive, rate,
-                       share, with_dashes, within)
+                       share, timm_model, with_dashes, within)
 from benchmark import macs, throughput
 from checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights
-from datasets import DIGITS, INAT_CATEGORIES, SeededDataset, build_dataset, build_loader, check_same_classes, spread
+from datasets import (DIGITS, INAT_CATEGORIES, Preprocessing, SeededDataset, build_dataset, build_loader,
+                      check_same_classes, pretrained_input, spread)
 from distributed import (Stopped, exit_failed, ignore_stop_signals, init_process_group, kill_workers,
                          leave_process_group, log, rank, world_size)
 from engine import evaluate
 from logger import append_line, make_output_folder
 from losses import DistillationLoss, build_base_criterion
+from model_factory import check_pretrained_head, create_model
 from models_evit import VARIANTS
 from samplers import EvalSampler, TrainSampler
 from trainer import Trainer
 from utils import InputError, allow_fast_kernels, autocast, choose_amp_dtype, one_line, seed_all
 from visualize_mask import SHEET_IMAGES, draw_sheets, save_masked
 
-TOKEN_DEFAULTS = {'fuse_token': False, 'drop_loc': (3, 6, 9), 'shrink_start_epoch': 10, 'shrink_epochs': 0}
+TOKEN_DEFAULTS = {'base_keep_rate': 0.7, 'fuse_token': False, 'drop_loc': None, 'shrink_start_epoch': 10,
+                  'shrink_epochs': 0}
 DATASET = ('data_set', 'data_path', 'use_lmdb', 'nb_classes', 'inat_category', 'input_size', 'fast_resize',
            'color_jitter', 'aa', 'train_interpolation')
 LOGGED_MASKS = 8
-RESERVED = {'in_chans', 'pretrained', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'img_size'}
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
@@ -44,10 +44,10 @@ def get_args_parser():
     parser = ArgumentParser(description='EViT: training and evaluation', allow_abbrev=False,
                             formatter_class=HelpFormatter)
     on_off = argparse.BooleanOptionalAction
-    add = parser.add_argument_group('tokens (EViT models only; the defaults depend on the model)').add_argument
-    add('--base-keep-rate', type=rate, help="fraction of tokens that a reorganising block keeps (default: the model's)")
+    add = parser.add_argument_group('tokens (one of these flags makes an EViT of a model of timm)').add_argument
+    add('--base-keep-rate', type=rate, help="fraction of tokens that a reorganising block keeps (default: the EViT's own, or 0.7)")
     add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (default: off)')
-    add('--drop-loc', type=block_numbers, help='blocks that reorganise tokens, from 0 (default: 3,6,9)')
+    add('--drop-loc', type=block_numbers, help='blocks that reorganise tokens, from 0 (default: after each quarter of the blocks but the last)')
     add('--shrink-start-epoch', type=count, help='epoch in which the keep rate starts to fall from 1 (default: 10)')
     add('--shrink-epochs', type=count, help='epochs in which it falls to the base keep rate (default: 0)')
 
@@ -59,10 +59,14 @@ def get_args_parser():
     add('--n-visualization', type=positive(int), default=128, help='number of images to visualize')
 
     add = parser.add_argument_group('model').add_argument
-    add('--model', default='deit_small_patch16_shrink_base', help='a model of models_evit.py or any timm model')
+    add('--model', type=timm_model, default='deit_small_patch16_shrink_base',
+        help='a model of models_evit.py or any timm model')
+    add('--pretrained', action='store_true',
+        help="take images as timm's weights of the model do, and start from these weights unless --resume or "
+             '--finetune names others')
     add('--model-kwargs', nargs='+', default=[], action='extend', type=key_value, metavar='KEY=VALUE',
         help='more arguments of the model that have no flag, such as patch_size=8 embed_dim=96')
-    add('--input-size', type=positive(int), default=224, help='pixels')
+    add('--input-size', type=positive(int), help="pixels (default: 224, with --pretrained the weights')")
     add('--drop', type=share, default=0.0, help='dropout rate of the head')
     add('--drop-path', type=within(0, 0.99), default=0.1, help='stochastic depth rate')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
@@ -102,7 +106,8 @@ def get_args_parser():
     add('--color-jitter', type=non_negative, default=0.4, help='colour jitter, if --aa is empty')
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's AutoAugment policy, '' for none")
     add('--smoothing', type=within(0, 0.99), default=0.1, help='label smoothing')
-    add('--train-interpolation', default='bicubic', choices=['random', 'bilinear', 'bicubic'], help='of the crops')
+    add('--train-interpolation', choices=['random', 'bilinear', 'bicubic'],
+        help="of the crops (default: bicubic, with --pretrained the weights')")
     add('--fast-resize', action='store_true',
         help='decode and resize training images with torch instead of Pillow: faster, but values of a resized image '
              'differ by up to 2 of 255')
@@ -119,7 +124,7 @@ def get_args_parser():
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='mix per batch, pair or element')
 
     add = parser.add_argument_group('distillation').add_argument
-    add('--teacher-model', default='regnety_160', help='name of a timm model')
+    add('--teacher-model', type=timm_model, default='regnety_160', help='name of a timm model')
     add('--teacher-path', help='checkpoint of the teacher, file or https address')
     add('--distillation-type', default='none', choices=['none', 'soft', 'hard'], help='kind of distillation')
     add('--distillation-alpha', type=share, default=0.5, help='weight of the distillation loss')
@@ -176,14 +181,28 @@ def parse_args(argv, parser=None):
     args.model_kwargs = dict(args.model_kwargs)
     if args.data_set is None:
         args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
+    input_size, preprocessing = input_of(args)
+    defaults = {'input_size': input_size, 'train_interpolation': preprocessing.interpolation}
+    if args.model in VARIANTS or any(getattr(args, name) is not None for name in TOKEN_DEFAULTS):
+        defaults |= TOKEN_DEFAULTS
+    if args.model in VARIANTS:
+        defaults |= {'base_keep_rate': VARIANTS[args.model].keep_rate, 'drop_loc': (3, 6, 9)}
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     for wrong, message in wrong_combinations(args):
         if wrong:
             parser.error(message)
-    if args.model in VARIANTS:
-        for name, default in (('base_keep_rate', VARIANTS[args.model].keep_rate), *TOKEN_DEFAULTS.items()):
-            if getattr(args, name) is None:
-                setattr(args, name, default)
     return args
+
+
+def input_of(args):
+    """The side of the images in pixels and their `Preprocessing`: those of timm's weights, or DeiT's."""
+    return pretrained_input(args.model) if args.pretrained else (224, Preprocessing())
+
+
+def is_evit(args):
+    return args.base_keep_rate is not None
 
 
 def evaluates_only(args):
@@ -192,13 +211,8 @@ def evaluates_only(args):
 
 def wrong_combinations(args):
     """Pairs of a condition on the flags and the error message if it holds."""
-    token_flags = ['--' + name for name in ('base_keep_rate', *TOKEN_DEFAULTS) if getattr(args, name) is not None]
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     return (
-        (not timm.is_model(args.model), f'--model {args.model} is neither in models_evit.py nor in timm'),
-        (token_flags and args.model not in VARIANTS,
-         f'{", ".join(token_flags)}: {args.model} does not reorganise tokens; '
-         f'take a model of models_evit.py or leave the flag out'),
         (args.data_set not in DIGITS and not args.data_path and not args.only_test_speed,
          f'--data-set {args.data_set} needs --data-path'),
         (args.data_set in DIGITS and args.data_path is not None, f'--data-set {args.data_set} takes no --data-path'),
@@ -206,30 +220,30 @@ def wrong_combinations(args):
         (args.use_lmdb and args.data_set != 'IMNET', '--use-lmdb goes with --data-set IMNET and --data-path'),
         (args.distillation_type != 'none' and not args.teacher_path,
          f'--distillation-type {args.distillation_type} needs --teacher-path'),
-        (not timm.is_model(args.teacher_model), f'--teacher-model {args.teacher_model} is not in timm'),
         (args.distillation_type != 'none' and 'distilled' not in args.model,
          f'--distillation-type {args.distillation_type} needs a model with a distillation token, not {args.model}'),
         (mixes and args.batch_size % 2 and not evaluates_only(args) and not args.only_test_speed,
          f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
-        (args.visualize_mask and args.model not in VARIANTS,
-         f'--visualize-mask: {args.model} does not reorganise tokens; take a model of models_evit.py'),
+        (args.visualize_mask and not is_evit(args),
+         f'--visualize-mask: {args.model} does not reorganise tokens; give a token flag such as --base-keep-rate'),
         (args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1],
          '--cutmix-minmax takes the smaller share first'),
-        (evaluates_only(args) and not args.resume, '--eval and --visualize-mask need --resume CHECKPOINT'),
+        (evaluates_only(args) and not (args.resume or args.pretrained),
+         '--eval and --visualize-mask need --resume CHECKPOINT or --pretrained'),
         (args.resume == 'auto' and not args.output_dir, '--resume auto needs the --output-dir of the run'))
 
 
 # --- What a run is made of ------------------------------------------------------------------------------------------
 
-def build_loaders(args, device):
+def build_loaders(args, device, preprocessing=Preprocessing()):
     """Loaders of the training set, of the validation set, and of the validation images that TensorBoard shows.
 
     The first and the last are None if the run does not need them.
     """
     atexit.register(kill_workers)                      # as they ignore the signal that would end them
-    options = {name: getattr(args, name) for name in DATASET}
+    options = {name: getattr(args, name) for name in DATASET} | {'preprocessing': preprocessing}
     load = partial(build_loader, device=device, num_workers=args.num_workers, pin_memory=args.pin_mem,
-                   channels_last=args.channels_last, worker_init_fn=ignore_stop_signals)
+                   channels_last=args.channels_last, worker_init_fn=ignore_stop_signals, preprocessing=preprocessing)
     dataset_train = None if evaluates_only(args) else build_dataset(True, **options)
     dataset_val = build_dataset(False, **options)
     processes = (world_size(), rank()) if args.dist_eval else (1, 0)
@@ -238,8 +252,9 @@ def build_loaders(args, device):
         return None, loader_val, None
     check_same_classes(dataset_train, dataset_val)
     mask_loader, seeded = None, SeededDataset(dataset_train)
-    if args.log_masks and args.output_dir and args.model in VARIANTS and rank() == 0:
-        mask_loader = build_loader(spread(dataset_val, LOGGED_MASKS), None, args.batch_size, device)
+    if args.log_masks and args.output_dir and is_evit(args) and rank() == 0:
+        mask_loader = build_loader(spread(dataset_val, LOGGED_MASKS), None, args.batch_size, device,
+                                   preprocessing=preprocessing)
     sampler = TrainSampler(dataset_train, world_size(), rank(), args.seed, args.repeated_aug)
     if len(sampler) < args.batch_size:
         raise InputError(f'{len(dataset_train)} training images give each of {world_size()} process(es) '
@@ -247,37 +262,14 @@ def build_loaders(args, device):
     return load(seeded, sampler, args.batch_size, drop_last=True), loader_val, mask_loader
 
 
-def build_model(args, num_classes):
-    """The model on the CPU, with new weights."""
-    options = {'num_classes': num_classes, 'drop_rate': args.drop, 'drop_path_rate': args.drop_path,
-               'base_keep_rate': args.base_keep_rate, 'fuse_token': args.fuse_token, 'drop_loc': args.drop_loc}
-    if timm.get_pretrained_cfg(args.model).fixed_input_size:
-        options['img_size'] = args.input_size
-    for key in args.model_kwargs:
-        if key in options or key in RESERVED:
-            raise InputError(f'--model-kwargs cannot set {key}: it has a flag of its own, or follows from the data')
-    while True:
-        try:
-            model = timm.create_model(args.model, **options, **args.model_kwargs)
-            break
-        except Exception as error:
-            if "'drop_path_rate'" in str(error) and options['drop_path_rate'] is not None:
-                log(f'note: {args.model} takes no --drop-path')
-                options['drop_path_rate'] = None
-            elif args.model_kwargs or isinstance(error, (ValueError, AssertionError)):
-                given = f' with --model-kwargs {args.model_kwargs}' if args.model_kwargs else ''
-                raise InputError(f'--model {args.model}{given}: {one_line(error)}') from None
-            else:
-                raise
-    if args.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing()
-        except (AttributeError, AssertionError):
-            raise InputError(f'--grad-checkpointing: {args.model} has none') from None
-    patch_size = to_2tuple(getattr(getattr(model, 'patch_embed', None), 'patch_size', 1))
-    if 'img_size' in options and any(args.input_size % side for side in patch_size):
-        raise InputError(f'--input-size {args.input_size} is no multiple of the patch size {patch_size[0]}')
-    return model
+def build_model(args, num_classes, pretrained=False):
+    """The model on the CPU, with new weights or timm's."""
+    tokens = None
+    if args.base_keep_rate is not None:
+        tokens = {name: getattr(args, name) for name in ('base_keep_rate', 'drop_loc', 'fuse_token')}
+    return create_model(args.model, pretrained=pretrained, input_size=args.input_size, tokens=tokens,
+                        grad_checkpointing=args.grad_checkpointing, model_kwargs=args.model_kwargs,
+                        num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
 def build_criterion(args, num_classes, device):
@@ -307,10 +299,13 @@ def main(args):
 
     source = find_checkpoint(args.resume, args.output_dir, device, required=evaluates_only(args))
     checkpoint = load_run(source, vars(args), evaluates_only(args)) if source else None
-    loader_train, loader_val, mask_loader = build_loaders(args, device)
+    loader_train, loader_val, mask_loader = build_loaders(args, device, input_of(args)[1])
     num_classes = len(loader_val.dataset.classes)
-    model = build_model(args, num_classes)
-    if evaluates_only(args):
+    pretrained = args.pretrained and not source and not args.finetune
+    if pretrained and evaluates_only(args):
+        check_pretrained_head(args.model, num_classes, required=args.eval)
+    model = build_model(args, num_classes, pretrained)
+    if evaluates_only(args) and source:
         load_weights(model, checkpoint['model'], source)
     elif args.finetune and not source:
         load_finetune(model, args.finetune)
@@ -323,11 +318,11 @@ def main(args):
                              sharded=args.dist_eval, print_freq=args.print_freq)
     if args.eval:
         evaluate_model(model)
-        if args.model_ema and checkpoint.get('model_ema'):
+        if args.model_ema and source and checkpoint.get('model_ema'):
             load_weights(model, checkpoint['model_ema'], f'model_ema of {source}')
             evaluate_model(model, name='EMA network')
     elif args.visualize_mask:
-        visualize(args, model, loader_val.dataset, device, amp_dtype, evaluate_model)
+        visualize(args, model, loader_val, device, amp_dtype, evaluate_model)
     else:
         mixup, criterion = build_criterion(args, num_classes, device)
         trainer = Trainer(args, model, device, amp_dtype, criterion, mixup, loader_train, evaluate_model, mask_loader)
@@ -360,20 +355,23 @@ def test_speed(args, model, device, amp_dtype):
         append_line(folder / 'log.txt', {'speed_images_per_second': speed.median, 'speed_gmacs': gmacs})
 
 
-def visualize(args, model, dataset, device, amp_dtype, evaluate_model):
+def visualize(args, model, loader_val, device, amp_dtype, evaluate_model):
     """Write pictures of what the model keeps, each process its share of the images; print the accuracy on them."""
+    dataset, preprocessing = loader_val.dataset, loader_val.preprocessing
     images = spread(dataset, args.n_visualization)
     sampler = EvalSampler(images, world_size(), rank())
-    loader = build_loader(images, sampler, args.batch_size, device, args.num_workers, args.pin_mem)
-    sheet_loader = build_loader(Subset(images, range(min(SHEET_IMAGES, len(images)))), None, args.batch_size, device)
+    load = partial(build_loader, batch_size=args.batch_size, device=device, preprocessing=preprocessing)
+    loader = load(images, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem)
+    sheet_loader = load(Subset(images, range(min(SHEET_IMAGES, len(images)))), None)
+    statistics = dict(mean=preprocessing.mean, std=preprocessing.std)
     folder = make_output_folder(args.output_dir or 'visualization')
     numbers = iter(sampler)
     for batch, _ in loader:
         with autocast(device, amp_dtype):
-            save_masked(model, batch, [next(numbers) for _ in batch], folder)
+            save_masked(model, batch, [next(numbers) for _ in batch], folder, **statistics)
     if rank() == 0:
         with autocast(device, amp_dtype):
-            sheets = draw_sheets(model, sheet_loader, dataset.classes)
+            sheets = draw_sheets(model, sheet_loader, dataset.classes, **statistics)
         for name, sheet in zip(('grid.png', 'attention.png'), sheets):
             sheet.save(folder / name)
     log(f'Wrote pictures of {len(images)} images to {folder}')

@@ -20,16 +20,17 @@ import timm
 import torch
 from timm.layers import to_2tuple
 
-from arguments import ArgumentParser, positive, rate
+from arguments import ArgumentParser, positive, rate, timm_model
 from benchmark import throughput                       # noqa: F401, for code that imports it from here
 from benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, matrix_product, measured_pass,
                        peak_memory, stopwatch, time_in_turn)
-from models_evit import VARIANTS
+from model_factory import create_model
+from models_evit import VARIANTS, obstacle
 from plain_evit import PlainEViT
 from utils import InputError, allow_fast_kernels, one_line
 
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError
-FAILURES = (AssertionError, RuntimeError, TypeError, ValueError)
+FAILURES = (AssertionError, InputError, RuntimeError, TypeError, ValueError)
 
 
 # --- Candidates -----------------------------------------------------------------------------------------------------
@@ -72,9 +73,10 @@ def fixed_patch_size(name):
 def build_candidate(candidate, fuse_token):
     """Create a candidate with random weights in eval mode; `fuse_token` is for an EViT."""
     name, keep_rate, input_size = candidate
-    img_size = input_size if timm.get_pretrained_cfg(name).fixed_input_size else None
-    return timm.create_model(                          # ignores arguments that are None
-        name, img_size=img_size, base_keep_rate=keep_rate, fuse_token=fuse_token if name in VARIANTS else None).eval()
+    if keep_rate is None and name in VARIANTS:
+        keep_rate = VARIANTS[name].keep_rate
+    tokens = None if keep_rate is None else dict(base_keep_rate=keep_rate, fuse_token=fuse_token)
+    return create_model(name, input_size=input_size, tokens=tokens).eval()
 
 
 @functools.cache
@@ -93,6 +95,8 @@ def published_accuracy(candidate, fuse_token):
     """(top-1 in %, source) of a candidate with timm's default weights at its input size, or (None, None)."""
     if candidate.name == EVIT_SMALL:
         weights = f'EViT-DeiT-S/{candidate.keep_rate} {"fused" if fuse_token else "dropped"}'
+    elif candidate.keep_rate is not None:
+        return None, None
     else:
         cfg = timm.get_pretrained_cfg(candidate.name)
         weights = f'{cfg.architecture}.{cfg.tag}'
@@ -297,10 +301,12 @@ def parse_candidate(text):
     """An argparse type: 'NAME[@RATE][:SIZE]' → Candidate."""
     base, colon, size = text.partition(':')
     name, at, keep_rate = base.partition('@')
-    if name not in timm.list_models() + timm.list_pretrained():
-        raise argparse.ArgumentTypeError(f'unknown model {name!r}')
+    timm_model(name)
     if at and name not in VARIANTS:
-        raise argparse.ArgumentTypeError(f'{name} has no keep rate')
+        with torch.device('meta'):                     # without weights
+            reason = obstacle(timm.create_model(name))
+        if reason:
+            raise argparse.ArgumentTypeError(f'{name} has no keep rate: {reason}')
     try:
         return Candidate(name, rate(keep_rate) if at else None, positive(int)(size) if colon else None)
     except (argparse.ArgumentTypeError, ValueError):
@@ -316,8 +322,8 @@ def parse_args(argv=None):
     parser = ArgumentParser(description='Compare throughput, MACs, parameters and peak memory of models.',
                             epilog='With --loader, all other flags go to loader_benchmark.py.')
     parser.add_argument('--models', nargs='+', type=parse_candidate, metavar='NAME[@RATE][:SIZE]', default=FIGURE_4,
-                        help='timm models, or those of models_evit.py; RATE: base keep rate of an EViT; SIZE: input '
-                             "size in pixels (default: the models of the paper's Figure 4)")
+                        help='timm models, or those of models_evit.py; RATE: base keep rate, which makes an EViT of '
+                             "the model; SIZE: input size in pixels (default: the models of the paper's Figure 4)")
     parser.add_argument('--input-size', type=positive(int),
                         help='height and width of the images in pixels, for all models (default: each its own)')
     parser.add_argument('--batch-size', type=number_or_auto, default=16,

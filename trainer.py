@@ -16,7 +16,6 @@ from compiled_model import CompiledModel
 from distributed import StopSignal, Stopped, leave_process_group, log, rank, world_size
 from engine import check_weights, keep_rate_at, train_one_epoch
 from logger import RunLog, make_output_folder
-from models_evit import VARIANTS
 from utils import InputError, autocast
 from visualize_mask import draw_sheets
 
@@ -77,7 +76,7 @@ class Trainer:
             clip_grad=args.clip_grad, accum_steps=args.accum_steps, skip_nonfinite=args.skip_nonfinite,
             print_freq=args.print_freq)
         self.keep_rate_at = None
-        if args.model in VARIANTS:
+        if args.base_keep_rate is not None:            # an EViT
             self.keep_rate_at = partial(keep_rate_at, start_epoch=args.shrink_start_epoch,
                                         shrink_epochs=args.shrink_epochs, base_keep_rate=args.base_keep_rate)
 
@@ -189,8 +188,9 @@ class Trainer:
         """Show TensorBoard what the model keeps of the same validation images each time."""
         if self.mask_loader:
             classes = self.mask_loader.dataset.dataset.classes             # of the data set behind the Subset
+            mean, std = self.mask_loader.preprocessing[:2]
             with autocast(self.device, self.amp_dtype):
-                grid, _ = draw_sheets(self.model, self.mask_loader, classes)
+                grid, _ = draw_sheets(self.model, self.mask_loader, classes, mean=mean, std=std)
             self.run_log.log_image(self.epoch, 'masks', np.asarray(grid))
 
     # --- The state --------------------------------------------------------------------------------------------------

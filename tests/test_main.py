@@ -10,7 +10,7 @@ from PIL import Image
 import folder2lmdb
 import main
 from conftest import PLAIN, TINY, open_picture, run_main
-from datasets import Digits
+from datasets import Digits, Preprocessing
 from main import parse_args
 from outputs import assert_same, checkpoint, log_lines
 from utils import InputError
@@ -34,6 +34,23 @@ def test_flags_with_dashes_and_underscores():
     assert one == other and one.drop_loc == (2, 5) and one.output_dir == 'a_b' and not one.model_ema
     assert parse_args(['--model', 'deit_small_patch16_224_shrink05']).base_keep_rate == 0.5
     assert parse_args(['--model', 'deit_small_patch16_224']).base_keep_rate is None
+
+
+def test_token_flags_make_an_evit(capsys):
+    args = parse_args(['--model', 'vit_large_patch16_224', '--shrink-epochs', '3'])
+    assert (args.base_keep_rate, args.fuse_token, args.drop_loc, args.shrink_start_epoch) == (0.7, False, None, 10)
+    with pytest.raises(SystemExit):
+        parse_args(['--visualize-mask', '--model', 'deit_small_patch16_224', '--resume', 'a'])
+    assert 'does not reorganise tokens; give a token flag' in capsys.readouterr().err
+
+
+def test_images_of_pretrained_weights():
+    """The sizes and statistics that timm's configuration of the weights gives."""
+    args = parse_args(['--model', 'eva02_base_patch14_448', '--pretrained'])
+    assert args.input_size == 448 and main.input_of(args)[1].mean == (0.48145466, 0.4578275, 0.40821073)
+    args = parse_args(['--model', 'vit_base_patch16_224.orig_in21k', '--pretrained', '--input-size', '96'])
+    assert args.input_size == 96 and main.input_of(args)[1] == Preprocessing((0.5,) * 3, (0.5,) * 3, 'bicubic', 0.9)
+    assert main.input_of(parse_args([])) == (224, Preprocessing())
 
 
 @pytest.fixture(scope='module')
@@ -80,8 +97,12 @@ def trees(image_folder, teacher, tmp_path):
     (['--distillation-type', 'hard'], '--teacher-path'),
     (['--distillation-type', 'hard', '--teacher-path', 'x'], 'distillation token'),
     (['--input-size', '40'], '40'),
-    (['--model', 'deit_small_patch16_224', '--fuse_token'], 'does not reorganise tokens'),
-    (['--model', 'deit_small_patch16_224', '--shrink_epochs', '3'], 'shrink_epochs'),
+    (['--model', 'test_resnet', '--fuse_token'], 'test_resnet: ResNet cannot become an EViT: it is no VisionTransf'),
+    (['--model', 'test_vit2', '--shrink_epochs', '3', '--model-kwargs', 'class_token=False', 'global_pool=avg'],
+     'it has no class token'),
+    (['--model', 'vit_small_patch16_224.no_such_tag'], 'no_such_tag'),
+    (['--model', 'vit_tiny_patch16_224', '--pretrained'], 'the weights of vit_tiny_patch16_224 cannot be loaded'),
+    (['--model', 'vit_tiny_patch16_224', '--pretrained', '--eval'], 'know 1000 classes, the data has 10'),
     (['--model', 'no_such_model'], 'no_such_model'),
     (['--opt', 'no_such_optimizer'], 'no_such_optimizer'),
     (['--data-set', 'CIFAR'], '--data-path'),
@@ -126,6 +147,7 @@ def trees(image_folder, teacher, tmp_path):
 def test_wrong_input(flags, named, trees, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('CXX', 'no_such_compiler')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     flags = [flag.format(root=trees, tree=image_folder) for flag in flags]
     monkeypatch.setattr(sys, 'argv', ['main.py', *PLAIN, '--output_dir', 'out', *flags])
     with pytest.raises(SystemExit) as exit_:
@@ -173,8 +195,11 @@ def test_flags_of_the_data_set(monkeypatch):
     calls = []
     monkeypatch.setattr(main, 'build_dataset',
                         lambda is_train, **options: calls.append((is_train, options)) or Digits(is_train))
-    main.build_loaders(parse_args([*flags, '--device', 'cpu']), torch.device('cpu'))
+    given['preprocessing'] = Preprocessing(mean=(0.1, 0.2, 0.3))
+    loaders = main.build_loaders(parse_args([*flags, '--device', 'cpu', '--output-dir', 'a']), torch.device('cpu'),
+                                 given['preprocessing'])
     assert calls == [(True, given), (False, given)]
+    assert all(loader.preprocessing == given['preprocessing'] for loader in loaders)
 
 
 def test_output_of_training(digits_run):
@@ -375,7 +400,7 @@ def test_pictures_by_one_and_two_processes(image_folder, digits_run, tmp_path):
 def test_precision_of_pictures(digits_run, tmp_path, monkeypatch):
     precise = []
     for name in 'save_masked', 'draw_sheets':
-        monkeypatch.setattr(main, name, lambda *_: precise.append(torch.is_autocast_enabled('cpu')) or [])
+        monkeypatch.setattr(main, name, lambda *_, **__: precise.append(torch.is_autocast_enabled('cpu')) or [])
     main.main(parse_args([*PLAIN, '--output_dir', str(tmp_path), '--resume', str(digits_run[1] / 'checkpoint.pth'),
                           '--visualize_mask', '--n_visualization', '2', '--amp-dtype', 'bfloat16']))
     assert precise == [True, True]
@@ -384,7 +409,7 @@ def test_precision_of_pictures(digits_run, tmp_path, monkeypatch):
 def test_sheet_of_the_first_images(digits_run, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(main, 'SHEET_IMAGES', 3)
-    monkeypatch.setattr(main, 'draw_sheets', lambda model, loader, classes: [
+    monkeypatch.setattr(main, 'draw_sheets', lambda model, loader, classes, **_: [
         shown.append(len(loader.dataset)) or Image.new('RGB', (1, 1))] * 2)
     main.main(parse_args([*PLAIN, '--output_dir', str(tmp_path), '--resume', str(digits_run[1] / 'checkpoint.pth'),
                           '--visualize_mask', '--n_visualization', '5']))

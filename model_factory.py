@@ -1,0 +1,78 @@
+"""Models by name: timm's, as they are or turned into an EViT."""
+import timm
+from timm.layers import to_2tuple
+
+from distributed import log
+from models_evit import to_evit
+from utils import InputError, one_line
+
+# Arguments of timm's models that follow from flags or from the data
+RESERVED = {'num_classes', 'drop_rate', 'drop_path_rate', 'img_size', 'in_chans', 'pretrained', 'checkpoint_path',
+            'pretrained_cfg', 'pretrained_cfg_overlay', 'base_keep_rate', 'drop_loc', 'fuse_token'}
+
+
+def create_model(name, *, pretrained=False, input_size=None, tokens=None, grad_checkpointing=False, model_kwargs=None,
+                 **options):
+    """A model of timm on the CPU.
+
+    Args:
+        name: timm's, or one of models_evit.py.
+        pretrained: whether to load timm's weights.
+        input_size: side of the images in pixels; None for the model's own. Only some models need to know it.
+        tokens: None for the model as it is, or the arguments of `to_evit`.
+        grad_checkpointing: whether to recompute activations in the backward pass.
+        model_kwargs: more arguments of the model, of --model-kwargs.
+        options: arguments of the model that follow from flags; None for its default.
+    Raises:
+        InputError: the model cannot be built so, or its weights cannot be had.
+    """
+    model_kwargs = model_kwargs or {}
+    if reserved := RESERVED & model_kwargs.keys():
+        raise InputError(f'--model-kwargs cannot set {min(reserved)}: it has a flag of its own, or follows from the '
+                         'data')
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        options['img_size'] = input_size
+    model = create_from_timm(name, pretrained, options, model_kwargs)
+    if tokens is not None:
+        try:
+            to_evit(model, **tokens)
+        except ValueError as error:
+            raise InputError(f'--model {name}: {one_line(error)}') from None
+    if grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AttributeError, AssertionError):
+            raise InputError(f'--grad-checkpointing: {name} has none') from None
+    patch_size = to_2tuple(getattr(getattr(model, 'patch_embed', None), 'patch_size', 1))
+    if input_size and 'img_size' in options and any(input_size % side for side in patch_size):
+        raise InputError(f'--input-size {input_size} is no multiple of the patch size {patch_size[0]}')
+    return model
+
+
+def create_from_timm(name, pretrained, options, model_kwargs):
+    """`timm.create_model`, whose errors become one line; without stochastic depth if the model has none."""
+    while True:
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options, **model_kwargs)
+        except Exception as error:
+            given = f' with --model-kwargs {model_kwargs}' if model_kwargs else ''
+            if "'drop_path_rate'" in str(error) and options.get('drop_path_rate') is not None:
+                log(f'note: {name} takes no --drop-path')
+                options = options | {'drop_path_rate': None}
+            elif pretrained:
+                raise InputError(f'--pretrained: the weights of {name}{given} cannot be loaded: {one_line(error)}'
+                                 ) from None
+            elif model_kwargs or isinstance(error, (ValueError, AssertionError)):
+                raise InputError(f'--model {name}{given}: {one_line(error)}') from None
+            else:
+                raise
+
+
+def check_pretrained_head(name, num_classes, required):
+    """Raise InputError, or only say so unless it is `required`, if timm's weights do not classify `num_classes`."""
+    classes = timm.get_pretrained_cfg(name).num_classes
+    if classes != num_classes:
+        message = f"timm's weights of {name} know {classes} classes, the data has {num_classes}"
+        if required:
+            raise InputError(f'--eval --pretrained: {message}; finetune them first')
+        log(f'note: {message}: the head is new, its predictions mean nothing')
