@@ -287,9 +287,9 @@ def load_finetune(model, source):
     for key in sorted(original.keys() & weights.keys()):
         old, new = original[key].shape, weights[key].shape
         if key == 'pos_embed' and old != new:
-            num_patches = old[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
-            side = math.isqrt(num_patches)
-            old = f'{side}×{side} patches' if side ** 2 == num_patches else f'{num_patches} patches'
+            side = math.isqrt(old[1])                  # the others are prefix tokens, which some formats embed, too
+            square = old[1] - side ** 2 <= model.num_prefix_tokens
+            old = f'{side}×{side} patches' if square else f'{old[1]} tokens'
             new = '×'.join(map(str, model.patch_embed.grid_size))
         if old != new:
             log(f'{source}: resized {key} from {old} to {new}')

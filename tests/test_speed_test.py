@@ -266,7 +266,7 @@ def test_exit_status(factor, status, stand_ins, tmp_path):
     (['--models', f'{TINY}@1.5'], '@1.5: RATE must be in (0, 1]'),
     (['--models', f'{TINY}@nan'], '@nan: RATE must be in (0, 1]'),
     (['--models', f'{TINY}@'], '@: RATE must be in (0, 1]'),
-    (['--models', 'deit_tiny_patch16_224@0.5'], 'no keep rate'),
+    (['--models', 'test_resnet@0.5'], 'no keep rate'),
     (['--models', TINY, '--input-size', '100'], 'multiple of the patch size'),
     (['--models', TINY, 'deit_tiny_patch16_224', '--batch-size', '0'], '--batch-size'),
     (['--models', TINY, '--csv', 'no/such/folder/speed.csv'], 'no/such/folder'),
