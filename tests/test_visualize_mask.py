@@ -450,7 +450,7 @@ def test_sheets_change_no_generator_and_no_mode():
 
 
 def test_notebook_lines_of_the_docs():
-    block, = (block for block in (ROOT / 'README.md').read_text().split('```') if 'kept_patches' in block)
+    block, = (block for block in (ROOT / 'docs' / 'models.md').read_text().split('```') if 'kept_patches' in block)
     lines = block.removeprefix('python\n').splitlines()
     assert len(lines) == 5
     shown = []
