@@ -108,13 +108,14 @@ class TokenReorganization:
         """Scale tokens (B, P + n, C) so that a mean over the patches' tokens weighs each by its number of patches.
 
         A token begins as one patch, and a fused token stands for all patches of the tokens fused (`patches_per_token`).
-        Does nothing unless the head pools by average and tokens were fused.
+        Does nothing unless the head pools by average ('avg') and tokens were fused.
         """
         if not (kept and self.fuse_token and self.global_pool == 'avg'):
             return x
         prefix, tokens = x.tensor_split([self.num_prefix_tokens], dim=1)
-        weights = patches_per_token(kept, num_patches) * (tokens.shape[1] / num_patches)                   # (B, n)
-        return torch.cat([prefix, tokens * weights.unsqueeze(-1).to(x.dtype)], dim=1)
+        sizes = patches_per_token(kept, num_patches).to(torch.promote_types(x.dtype, torch.float32))       # (B, n)
+        weights = (sizes * (tokens.shape[1] / num_patches)).to(x.dtype)
+        return torch.cat([prefix, tokens * weights.unsqueeze(-1)], dim=1)
 
     def forward_intermediates(self, x, indices=None, return_prefix_tokens=False, norm=False, stop_early=False,
                               output_fmt='NCHW', intermediates_only=False, output_dict=False, attn_mask=None,
@@ -186,9 +187,8 @@ class TokenReorganization:
             self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
 
     def _pos_embed(self, x):
-        if not self.dynamic_img_size or antialiases(self):
+        if not self.dynamic_img_size or self.pos_embed is None or antialiases(self):
             return super()._pos_embed(x)
-        # timm's antialiases
         pos_embed = resize_pos_embed(self.pos_embed, self, x.shape[1:3], self.patch_embed.grid_size)
         prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, getattr(self, 'dist_token', None),
                                                              self.reg_token) if token is not None]

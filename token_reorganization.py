@@ -129,7 +129,7 @@ class ScoringAttention:
         """(B, N, C) → queries, keys and values, (B, H, N, D) each; `rope` rotates queries and keys of the patches."""
         B, N, _ = x.shape
         if self.qkv is None:                           # Eva's with three layers
-            q, k, v = (layer(x).reshape(B, N, -1, self.head_dim).transpose(1, 2)
+            q, k, v = (layer(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
                        for layer in (self.q_proj, self.k_proj, self.v_proj))
         else:
             if getattr(self, 'q_bias', None) is None:

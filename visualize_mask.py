@@ -123,6 +123,11 @@ def denormalize(images, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
     return (images * std + mean).clamp(0, 1)
 
 
+def pixels_per_patch(model):
+    """(height, width) of a patch; in a hybrid, of the part of the image that becomes a token."""
+    return model.patch_embed.feat_ratio(as_scalar=False)
+
+
 def to_pixels(grid, patch_size, size):
     """Expand (…, rows, cols) to the pixels of the patches, in images of `size`: (…, H, W).
 
@@ -194,7 +199,7 @@ def save_masked(model, images, indices, output_dir, keep_rate=None,
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     inputs = denormalize(images, mean, std)
-    masked = mask_images(images, kept_patches(model, images, keep_rate), model.patch_embed.patch_size, mean, std)
+    masked = mask_images(images, kept_patches(model, images, keep_rate), pixels_per_patch(model), mean, std)
     for index, picture, stages in zip(indices, inputs, masked):
         save_jpeg(picture, output_dir / f'img_{index}_a.jpg')
         for stage, picture in enumerate(stages):
@@ -225,7 +230,7 @@ def draw_sheets(model, batches, classes, keep_rate=None, mean=IMAGENET_DEFAULT_M
     with torch.random.fork_rng(devices=[]):                                # a DataLoader draws a seed for its workers
         for images, labels in batches:
             seen = observe(model, images, keep_rate)
-            settings = model.patch_embed.patch_size, mean, std
+            settings = pixels_per_patch(model), mean, std
             inputs = denormalize(images, mean, std).unsqueeze(1)
             for rows, stages in ((grid, mask_images(images, seen.kept, *settings)),
                                  (attention, attention_images(images, seen.attention, *settings))):
