@@ -324,8 +324,6 @@ def obstacle(model):
                     'served')
         if getattr(block.attn, 'gate', None) is not None:
             return 'its attention is gated'
-        if getattr(block.attn, 'num_kv_groups', 1) > 1:
-            return 'its queries share keys (grouped-query attention)'
     return None
 
 

@@ -128,8 +128,9 @@ class ScoringAttention:
     def project(self, x, rope=None):
         """(B, N, C) → queries, keys and values, (B, H, N, D) each; `rope` rotates queries and keys of the patches."""
         B, N, _ = x.shape
-        if self.qkv is None:                           # Eva's with three layers
-            q, k, v = (layer(x).reshape(B, N, self.num_heads, -1).transpose(1, 2)
+        if self.qkv is None:                           # Eva's with three layers, of which keys may have fewer heads
+            head_dim = self.q_proj.out_features // self.num_heads
+            q, k, v = (layer(x).reshape(B, N, -1, head_dim).transpose(1, 2)
                        for layer in (self.q_proj, self.k_proj, self.v_proj))
         else:
             if getattr(self, 'q_bias', None) is None:
@@ -138,7 +139,11 @@ class ScoringAttention:
                 qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
             q, k, v = qkv.reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        return (q, k, v) if rope is None else (self.rotate(q, rope).type_as(v), self.rotate(k, rope).type_as(v), v)
+        if rope is not None:
+            q, k = self.rotate(q, rope).type_as(v), self.rotate(k, rope).type_as(v)
+        if k.shape[1] < self.num_heads:                # grouped-query attention: neighbouring heads share keys, values
+            k, v = (t.repeat_interleave(self.num_heads // t.shape[1], dim=1) for t in (k, v))
+        return q, k, v
 
     def rotate(self, q, rope):
         """Rotate the patches' queries or keys (B, H, N, D); the prefix tokens have no place."""

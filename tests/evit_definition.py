@@ -1,0 +1,139 @@
+"""EViT by definition: one image, one head, one token at a time, with the weights of a model of timm.
+
+Nothing of token_reorganization.py is used. From timm come the layers that EViT leaves alone: patch and position
+embedding, normalisation, linear layers, MLP and head. Slow; it is run in float64.
+"""
+import math
+
+import torch
+
+
+class Token:
+    """A vector (C,), the patch that it began as (None: a prefix token or a fused one), how many patches it counts."""
+
+    def __init__(self, vector, patch=None, size=1):
+        self.vector, self.patch, self.size = vector, patch, size
+
+
+def definition(model, images, keep_rate, drop_loc, fuse, norm=False):
+    """
+    Args:
+        model: a model of timm, in evaluation mode.
+        norm: whether to normalise the maps.
+    Returns:
+        logits (B, num_classes), maps of each block [(B, C, H, W)], and the patches kept in the last block, [set] * B.
+    """
+    x = model._pos_embed(model.patch_embed(images))
+    x, rope = x if isinstance(x, tuple) else (x, None)
+    x = model.norm_pre(x)
+    results = [one_image(model, tokens, rope, keep_rate, drop_loc, fuse, norm) for tokens in x]
+    logits, maps, kept = zip(*results)
+    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    return (torch.stack(logits), [torch.stack(level).transpose(1, 2).unflatten(2, grid) for level in zip(*maps)],
+            list(kept))
+
+
+def one_image(model, vectors, rope, keep_rate, drop_loc, fuse, norm):
+    num_prefix = model.num_prefix_tokens
+    prefix = [Token(vector) for vector in vectors[:num_prefix]]
+    tokens = [Token(vector, patch) for patch, vector in enumerate(vectors[num_prefix:])]
+    grid = [token.vector for token in tokens]
+    maps = []
+    for i, block in enumerate(model.blocks):
+        table = None if rope is None else rope[i] if getattr(model, 'rope_mixed', False) else rope
+        post_norm = type(block).__name__ == 'EvaBlockPostNorm'
+        both = prefix + tokens
+        x = torch.stack([token.vector for token in both])
+        branch, attention = attend(block.attn, x if post_norm else block.norm1(x), both, table)
+        for token, change in zip(both, scale(block, 1, block.norm1(branch) if post_norm else branch)):
+            token.vector = token.vector + change
+        if i in drop_loc:
+            for token in tokens:
+                if token.patch is not None:
+                    grid[token.patch] = token.vector
+            tokens = reorganize(tokens, attention[num_prefix:], keep_rate, fuse)
+        both = prefix + tokens
+        x = torch.stack([token.vector for token in both])
+        branch = block.norm2(block.mlp(x)) if post_norm else block.mlp(block.norm2(x))
+        for token, change in zip(both, scale(block, 2, branch)):
+            token.vector = token.vector + change
+        for token in tokens:
+            if token.patch is not None:
+                grid[token.patch] = token.vector
+        maps.append(torch.stack([model.norm(vector) for vector in grid] if norm else grid))
+    features = model.norm(torch.stack([token.vector for token in prefix + tokens]))
+    return head(model, features, tokens), maps, {token.patch for token in tokens} - {None}
+
+
+def attend(attn, x, tokens, table):
+    """→ the attention's output (n, C), and the class token's attention to each token (n,), the mean over heads."""
+    heads, (q, k, v) = attn.num_heads, projections(attn, x)
+    head_dim = q.shape[1] // heads
+    outputs, rows = [], []
+    for h in range(heads):
+        own, shared = slice(h * head_dim, (h + 1) * head_dim), h * k.shape[1] // q.shape[1]
+        shared = slice(shared * head_dim, (shared + 1) * head_dim)
+        queries, keys = attn.q_norm(q[:, own]), attn.k_norm(k[:, shared])
+        if table is not None:
+            rows_of_head = table if table.ndim == 2 else table[h]
+            queries, keys = (torch.stack([
+                vector if token.patch is None else rotated(vector, rows_of_head[token.patch], attn.rotate_half)
+                for vector, token in zip(vectors, tokens)]) for vectors in (queries, keys))
+        weights = torch.softmax(queries @ keys.T / math.sqrt(head_dim), dim=1)
+        outputs.append(weights @ v[:, shared])
+        rows.append(weights[0])
+    return attn.proj(attn.norm(torch.cat(outputs, dim=1))), sum(rows) / heads
+
+
+def projections(attn, x):
+    if attn.qkv is None:
+        return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    q, k, v = (x @ weight.T for weight in attn.qkv.weight.chunk(3))
+    if attn.qkv.bias is not None:
+        biases = attn.qkv.bias.chunk(3)
+    elif getattr(attn, 'q_bias', None) is not None:
+        biases = attn.q_bias, 0, attn.v_bias
+    else:
+        biases = 0, 0, 0
+    return q + biases[0], k + biases[1], v + biases[2]
+
+
+def rotated(vector, row, halves):
+    """Turn each pair of components by the pair's angle; a pair is (i, i + D/2) or (2i, 2i + 1)."""
+    dim = len(vector)
+    sines, cosines = row[:dim], row[dim:]
+    result = [None] * dim
+    for i in range(dim // 2):
+        a, b = (i, i + dim // 2) if halves else (2 * i, 2 * i + 1)
+        result[a] = vector[a] * cosines[a] - vector[b] * sines[a]
+        result[b] = vector[b] * cosines[b] + vector[a] * sines[b]
+    return torch.stack(result)
+
+
+def scale(block, number, branch):
+    """LayerScale, whatever its name."""
+    layer = getattr(block, f'ls{number}', None)
+    gamma = getattr(block, f'gamma_{number}', None) if layer is None else getattr(layer, 'gamma', None)
+    return branch if gamma is None else branch * gamma
+
+
+def reorganize(tokens, scores, keep_rate, fuse):
+    best_first = sorted(range(len(tokens)), key=lambda i: -scores[i].item())
+    k = math.ceil(keep_rate * len(tokens))
+    kept, others = best_first[:k], best_first[k:]
+    result = [tokens[i] for i in kept]
+    if fuse and others:
+        result.append(Token(sum(scores[i] * tokens[i].vector for i in others),
+                            size=sum(tokens[i].size for i in others)))
+    return result
+
+
+def head(model, features, tokens):
+    num_prefix = model.num_prefix_tokens
+    if hasattr(model, 'head_dist'):
+        return (model.head(features[0]) + model.head_dist(features[1])) / 2
+    if model.global_pool != 'avg':
+        return model.forward_head(features[None])[0]
+    total = sum(token.size for token in tokens)
+    mean = sum(token.size * vector for token, vector in zip(tokens, features[num_prefix:])) / total
+    return model.head(model.fc_norm(mean))

@@ -1,0 +1,254 @@
+"""Any model of timm as an EViT, against timm and against a naive definition of the method."""
+import copy
+import pickle
+import re
+from collections import Counter
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import is_model_in_modules
+from timm.models.eva import Eva
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+
+from conftest import ROOT
+from evit_definition import definition
+from models_evit import EViT, from_evit, obstacle, to_evit
+
+# Two heads of 16 channels, 4 blocks, 16 patches
+SMALL = dict(embed_dim=32, num_heads=2, depth=4, img_size=32, patch_size=8, num_classes=5)
+KINDS = {
+    'class token': ('vit_tiny_patch16_224', dict(qk_norm=True)),
+    'registers': ('vit_small_patch14_reg4_dinov2', {}),
+    'registers without LayerScale': ('vit_so400m_patch16_radio_v4', {}),
+    'clip': ('vit_base_patch16_clip_quickgelu_224', {}),
+    'swiglu': ('vit_giant_patch14_dinov2', {}),
+    'average': ('beit3_base_patch16_224', {}),
+    'distilled': ('deit_tiny_distilled_patch16_224', {}),
+    'deit3': ('deit3_small_patch16_224', {}),
+    'non-square': ('vit_tiny_patch16_224', dict(img_size=(32, 24), patch_size=(4, 8), global_pool='avg')),
+    'hybrid': ('vit_tiny_r_s16_p8_224', dict(img_size=(64, 64), patch_size=1)),
+    'eva': ('eva_giant_patch14_224', {}),
+    'eva02': ('eva02_base_patch14_224', {}),
+    'eva02 clip': ('eva02_base_patch16_clip_224', {}),
+    'post-norm': ('eva02_enormous_patch14_clip_224', {}),
+    'dinov3': ('vit_small_patch16_dinov3', {}),
+    'rope': ('vit_small_patch16_rope_ape_224', {}),
+    'rope mixed': ('vit_small_patch16_rope_mixed_224', {}),
+    'map': ('vit_pe_core_tiny_patch16_384', dict(attn_pool_num_heads=2)),
+    'grouped queries': ('vit_base_patch16_sapiens2', dict(num_kv_heads=1)),
+}
+KINDS = {kind: (name, options) for kind, (name, options) in KINDS.items() if timm.is_model(name)}
+kinds = pytest.mark.parametrize('kind', KINDS)
+
+
+def build(kind):
+    """timm's model, with weights large enough for every part to matter, and images."""
+    name, options = KINDS[kind]
+    torch.manual_seed(0)
+    model = timm.create_model(name, **SMALL | options).eval()
+    for key, parameter in model.named_parameters():
+        parameter.data = ('norm' in key and key.endswith('weight')) + torch.randn_like(parameter) * 0.2
+    size = options.get('img_size', (32, 32))
+    return model, torch.randn(3, 3, *size)
+
+
+# --- Against the definition -----------------------------------------------------------------------------------------
+
+@kinds
+@pytest.mark.parametrize('fuse', [False, True])
+def test_model_against_the_definition(kind, fuse):
+    """Logits, kept tokens, maps and gradients, in float64."""
+    model, images = build(kind)
+    model, images = model.double(), images.double().requires_grad_()
+    if getattr(model, 'rope_mixed', False):
+        model.rope.t_x, model.rope.t_y = model.rope.t_x.float(), model.rope.t_y.float()    # timm 1.0.24 needs that
+    twin = to_evit(copy.deepcopy(model), 0.7, (1, 2, 3), fuse)
+    expected, expected_maps, expected_kept = definition(model, images, 0.7, (1, 2, 3), fuse, norm=fuse)
+    logits, kept = twin(images, get_idx=True)
+    torch.testing.assert_close(logits, expected)
+    assert trace(kept, len(expected_maps[0][0, 0].flatten())) == expected_kept
+    coefficients = torch.randn_like(logits)
+    inputs = [images, *model.parameters()], [images, *twin.parameters()]
+    gradients = [torch.autograd.grad((output * coefficients).sum(), tensors, allow_unused=True)
+                 for output, tensors in zip((expected, logits), inputs)]
+    for (name, _), one, other in zip([('images', None), *model.named_parameters()], *gradients, strict=True):
+        torch.testing.assert_close(other, one, msg=lambda text: f'{name}: {text}')
+    with torch.no_grad():
+        maps = twin.forward_intermediates(images, norm=fuse, intermediates_only=True)
+    for block_map, expected_map in zip(maps, expected_maps, strict=True):
+        torch.testing.assert_close(block_map, expected_map.detach())
+
+
+def trace(kept, num_patches):
+    """The patches that the last block kept, a set for each image, from the positions."""
+    alive = [list(range(num_patches)) for _ in kept[0]]
+    for idx in kept:
+        alive = [[tokens[i] for i in row] + [None] for tokens, row in zip(alive, idx.tolist())]
+    return [set(tokens) - {None} for tokens in alive]
+
+
+# --- Against timm ---------------------------------------------------------------------------------------------------
+
+@kinds
+def test_rate_1_and_back(kind):
+    """Bit for bit timm's model, its map included; so is the model that `from_evit` gives back."""
+    model, images = build(kind)
+    evit = copy.deepcopy(model)
+    assert to_evit(evit, 0.7, fuse_token=True) is evit
+    assert evit.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in evit.state_dict().items())
+    assert evit.no_weight_decay() == model.no_weight_decay() and evit.pretrained_cfg == model.pretrained_cfg
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(evit(images, keep_rate=1), expected)
+        assert not torch.allclose(evit(images), expected, atol=1e-3)
+        to_evit(evit, 1)
+        assert torch.equal(evit.forward_features(images), model.forward_features(images))
+        options = dict(norm=True, return_prefix_tokens=True)
+        for ours, theirs in zip(evit.forward_intermediates(images, **options)[1],
+                                model.forward_intermediates(images, **options)[1], strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        to_evit(evit, 0.5, (0,))
+        num_patches = model.patch_embed.num_patches
+        for twin in (copy.deepcopy(evit), pickle.loads(pickle.dumps(evit))):
+            assert torch.equal(twin(images), evit(images)) and twin.token_counts() == (num_patches // 2, None, None, None)
+        assert from_evit(evit) is evit and torch.equal(evit(images), expected)
+    pairs = zip(evit.named_modules(), model.named_modules(), strict=True)
+    assert all(type(ours) is type(theirs) and vars(ours).keys() == vars(theirs).keys() for (_, ours), (_, theirs) in pairs)
+
+
+@kinds
+@pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
+def test_one_graph(kind, compiled_graphs):
+    model, images = build(kind)
+    model = to_evit(model, 0.7, (1, 2, 3), fuse_token=True)
+    with torch.no_grad():
+        logits, kept = torch.compile(model, fullgraph=True)(images, get_idx=True)
+        expected, expected_kept = model(images, get_idx=True)
+    torch.testing.assert_close(logits, expected)
+    assert all(torch.equal(one, other) for one, other in zip(kept, expected_kept, strict=True))
+    assert len(compiled_graphs) == 1
+
+
+@kinds
+def test_training_step_with_gradient_checkpointing(kind):
+    """The same weights after the step as without, and a lower loss."""
+    weights = []
+    for enable in (False, True):
+        model, images = build(kind)
+        model = to_evit(model, 0.7, (1, 2, 3), fuse_token=True).train()
+        model.set_grad_checkpointing(enable)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        loss = F.cross_entropy(model(images), torch.arange(3))
+        loss.backward()
+        optimizer.step()
+        weights.append(model.state_dict())
+        assert F.cross_entropy(model(images), torch.arange(3)) < loss
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value)
+
+
+@kinds
+def test_classifier_and_input_size(kind):
+    model, _ = build(kind)
+    model = to_evit(model, 0.7, (1, 2, 3))
+    model.reset_classifier(7)
+    model.set_input_size((48, 32))
+    assert model(torch.zeros(2, 3, 48, 32)).shape == (2, 7)
+    assert model.token_counts()[0] is None and len(model(torch.zeros(2, 3, 48, 32), get_idx=True)[1]) == 3
+
+
+# --- Position embeddings --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, antialias', [
+    ('vit_tiny_patch16_224', True), ('vit_small_patch14_reg4_dinov2', True), ('deit3_small_patch16_224', False),
+    ('deit_tiny_distilled_patch16_224', False), ('deit_tiny_patch16_shrink_base', False)])
+def test_position_embedding_of_another_size(name, antialias):
+    """`set_input_size` and `dynamic_img_size` agree, and resize as the family does, smaller and larger."""
+    torch.manual_seed(0)
+    dynamic = to_evit(timm.create_model(name, dynamic_img_size=True, **SMALL)).eval()
+    dynamic.load_state_dict({key: torch.randn_like(value) * 0.2 for key, value in dynamic.state_dict().items()})
+    for size in ((16, 24), (48, 40), (32, 32)):
+        model, images = copy.deepcopy(dynamic), torch.randn(2, 3, *size)
+        model.set_input_size(size)
+        num_prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
+        prefix, grid = dynamic.pos_embed.tensor_split([num_prefix], dim=1)
+        grid = grid.transpose(1, 2).unflatten(2, (4, 4))
+        resized = F.interpolate(grid, (size[0] // 8, size[1] // 8), mode='bicubic', antialias=antialias)
+        torch.testing.assert_close(model.pos_embed, torch.cat([prefix, resized.flatten(2).transpose(1, 2)], dim=1))
+        with torch.no_grad():
+            torch.testing.assert_close(dynamic(images), model(images))
+            fixed = from_evit(to_evit(timm.create_model(name, **SMALL | dict(img_size=size)))).eval()
+            fixed.load_state_dict(model.state_dict())
+            torch.testing.assert_close(dynamic(images, keep_rate=1), fixed(images))
+
+
+# --- Which models are served ----------------------------------------------------------------------------------------
+
+MODULES = ['vision_transformer', 'vision_transformer_hybrid', 'deit', 'eva', 'beit', 'vision_transformer_sam',
+           'vision_transformer_relpos', 'naflexvit']
+REFUSED = {                                            # the reason, and the names that it concerns
+    'no class token': '_gap_|siglip|aimv2|test_vit[23]|^vit_.*patch16_rpn_|pe_(core|lang|spatial)_gigantic',
+    'relative position bias': '^beit(v2)?_|relpos|^samvit',
+    'several sizes': '^naflexvit'}
+
+
+def test_pretrained_models_of_timm():
+    """Each is built with 4 blocks on the meta device."""
+    tags = Counter(tag.partition('.')[0] for tag in timm.list_pretrained())
+    served = 0
+    for name in tags:
+        if not is_model_in_modules(name, MODULES):
+            continue
+        blocks = {} if 'sapiens2' in name else {'depth': 4}        # Sapiens2 has a list with a value for each block
+        with torch.device('meta'):
+            model = timm.create_model(name, **blocks)
+        expected = [reason for reason, names in REFUSED.items() if re.search(names, name)]
+        if not expected:
+            assert type(to_evit(model)).__name__.startswith('EViT'), name
+            served += tags[name]
+        else:
+            with pytest.raises(ValueError, match=expected[-1]):
+                to_evit(model)
+    if timm.__version__ == '1.0.31':
+        table = (ROOT / 'README.md').read_text().partition('294 pretrained tags')[2].partition('\n\n')[0]
+        assert served == 294 == sum(int(tags) for tags in re.findall(r'\| (\d+) \|', table))
+
+
+@pytest.mark.parametrize('model, reason', [
+    (dict(attn_layer='diff'), 'DiffAttention'), (dict(block_fn=ParallelScalingBlock), 'ParallelScalingBlock'),
+    (dict(class_token=False, global_pool='avg'), 'no class token'), ('resnet18', 'no VisionTransformer or Eva'),
+    ('xcit_nano_12_p16_224', 'no VisionTransformer or Eva')], ids=str)
+def test_refused(model, reason):
+    with torch.device('meta'):
+        model = (timm.create_model(model) if isinstance(model, str) else
+                 VisionTransformer(embed_dim=32, num_heads=2, depth=2, **model))
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=f'cannot become an EViT: .*{reason}') as error:
+        to_evit(model)
+    assert '\n' not in str(error.value) and [type(module) for module in model.modules()] == classes
+
+
+def test_gated_attention_refused():
+    with torch.device('meta'):
+        model = Eva(embed_dim=32, num_heads=2, depth=2)
+    model.blocks[1].attn.gate = torch.nn.Linear(32, 32, device='meta')
+    assert obstacle(model) == 'its attention is gated'
+
+
+@pytest.mark.parametrize('depth, drop_loc', [(12, (3, 6, 9)), (16, (4, 8, 12)), (24, (6, 12, 18)), (3, (0, 1, 2)),
+                                             (1, (0,))])
+def test_blocks_by_default(depth, drop_loc):
+    assert to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=depth)).drop_loc == drop_loc
+
+
+def test_settings_of_an_evit():
+    model = to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=4), 0.7, (1,), fuse_token=True)
+    for arguments in ((0,), (1.1,), (0.5, (4,)), (0.5, (-1,))):
+        with pytest.raises(ValueError, match='keep rate|drop_loc'):
+            to_evit(model, *arguments)
+        assert type(model) is EViT and (model.base_keep_rate, model.drop_loc, model.fuse_token) == (0.7, (1,), True)
+        assert model.token_counts() == (None, 138, None, None)
+    assert to_evit(model, 0.5, (2, 3)).token_counts() == (None, None, 98, 49) and not model.fuse_token
