@@ -67,11 +67,11 @@ def init_process_group(device, dist_url='env://', world_size=1, timeout=600):
         raise InputError(f'RANK is set, but {" and ".join(missing)} not; start with torchrun or srun, or set the '
                          'address of process 0')
     environment_number('MASTER_PORT', 0)
-    join(device, dist_url, rank, world_size, timeout)
+    meet(device, dist_url, rank, world_size, timeout)
     return device
 
 
-def join(device, dist_url, rank, world_size, timeout):
+def meet(device, dist_url, rank, world_size, timeout):
     """Meet the other processes and create the group and its side channel (`Failures`)."""
     limit = datetime.timedelta(seconds=timeout)
     try:

@@ -24,7 +24,7 @@ from distributed import (Stopped, exit_failed, ignore_stop_signals, init_process
 from engine import evaluate
 from logger import append_line, make_output_folder
 from losses import DistillationLoss, build_base_criterion
-from model_factory import check_pretrained_head, create_model
+from model_factory import create_model
 from models_evit import VARIANTS
 from samplers import EvalSampler, TrainSampler
 from trainer import Trainer
@@ -235,12 +235,13 @@ def wrong_combinations(args):
 
 # --- What a run is made of ------------------------------------------------------------------------------------------
 
-def build_loaders(args, device, preprocessing=Preprocessing()):
+def build_loaders(args, device):
     """Loaders of the training set, of the validation set, and of the validation images that TensorBoard shows.
 
     The first and the last are None if the run does not need them.
     """
     atexit.register(kill_workers)                      # as they ignore the signal that would end them
+    preprocessing = input_of(args)[1]
     options = {name: getattr(args, name) for name in DATASET} | {'preprocessing': preprocessing}
     load = partial(build_loader, device=device, num_workers=args.num_workers, pin_memory=args.pin_mem,
                    channels_last=args.channels_last, worker_init_fn=ignore_stop_signals, preprocessing=preprocessing)
@@ -267,8 +268,8 @@ def build_model(args, num_classes, pretrained=False):
     tokens = None
     if args.base_keep_rate is not None:
         tokens = {name: getattr(args, name) for name in ('base_keep_rate', 'drop_loc', 'fuse_token')}
-    return create_model(args.model, pretrained=pretrained, input_size=args.input_size, tokens=tokens,
-                        grad_checkpointing=args.grad_checkpointing, model_kwargs=args.model_kwargs,
+    return create_model(args.model, pretrained=pretrained, new_head=not args.eval, input_size=args.input_size,
+                        tokens=tokens, grad_checkpointing=args.grad_checkpointing, model_kwargs=args.model_kwargs,
                         num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
@@ -299,12 +300,9 @@ def main(args):
 
     source = find_checkpoint(args.resume, args.output_dir, device, required=evaluates_only(args))
     checkpoint = load_run(source, vars(args), evaluates_only(args)) if source else None
-    loader_train, loader_val, mask_loader = build_loaders(args, device, input_of(args)[1])
+    loader_train, loader_val, mask_loader = build_loaders(args, device)
     num_classes = len(loader_val.dataset.classes)
-    pretrained = args.pretrained and not source and not args.finetune
-    if pretrained and evaluates_only(args):
-        check_pretrained_head(args.model, num_classes, required=args.eval)
-    model = build_model(args, num_classes, pretrained)
+    model = build_model(args, num_classes, pretrained=args.pretrained and not source and not args.finetune)
     if evaluates_only(args) and source:
         load_weights(model, checkpoint['model'], source)
     elif args.finetune and not source:

@@ -11,13 +11,14 @@ RESERVED = {'num_classes', 'drop_rate', 'drop_path_rate', 'img_size', 'in_chans'
             'pretrained_cfg', 'pretrained_cfg_overlay', 'base_keep_rate', 'drop_loc', 'fuse_token'}
 
 
-def create_model(name, *, pretrained=False, input_size=None, tokens=None, grad_checkpointing=False, model_kwargs=None,
-                 **options):
+def create_model(name, *, pretrained=False, new_head=True, input_size=None, tokens=None, grad_checkpointing=False,
+                 model_kwargs=None, **options):
     """A model of timm on the CPU.
 
     Args:
         name: timm's, or one of models_evit.py.
         pretrained: whether to load timm's weights.
+        new_head: whether the head may be new where the weights know other classes.
         input_size: side of the images in pixels; None for the model's own. Only some models need to know it.
         tokens: None for the model as it is, or the arguments of `to_evit`.
         grad_checkpointing: whether to recompute activations in the backward pass.
@@ -32,6 +33,8 @@ def create_model(name, *, pretrained=False, input_size=None, tokens=None, grad_c
                          'data')
     if timm.get_pretrained_cfg(name).fixed_input_size:
         options['img_size'] = input_size
+    if pretrained:
+        check_classes(name, options['num_classes'], new_head)
     model = create_from_timm(name, pretrained, options, model_kwargs)
     if tokens is not None:
         try:
@@ -68,11 +71,11 @@ def create_from_timm(name, pretrained, options, model_kwargs):
                 raise
 
 
-def check_pretrained_head(name, num_classes, required):
-    """Raise InputError, or only say so unless it is `required`, if timm's weights do not classify `num_classes`."""
+def check_classes(name, num_classes, new_head):
+    """Say that timm's weights do not classify `num_classes`; raise InputError if the head must not be new."""
     classes = timm.get_pretrained_cfg(name).num_classes
     if classes != num_classes:
         message = f"timm's weights of {name} know {classes} classes, the data has {num_classes}"
-        if required:
+        if not new_head:
             raise InputError(f'--eval --pretrained: {message}; finetune them first')
-        log(f'note: {message}: the head is new, its predictions mean nothing')
+        log(f'note: {message}: the head is new')

@@ -196,8 +196,9 @@ def test_flags_of_the_data_set(monkeypatch):
     monkeypatch.setattr(main, 'build_dataset',
                         lambda is_train, **options: calls.append((is_train, options)) or Digits(is_train))
     given['preprocessing'] = Preprocessing(mean=(0.1, 0.2, 0.3))
-    loaders = main.build_loaders(parse_args([*flags, '--device', 'cpu', '--output-dir', 'a']), torch.device('cpu'),
-                                 given['preprocessing'])
+    monkeypatch.setattr(main, 'pretrained_input', lambda model: (224, given['preprocessing']))
+    args = parse_args([*flags, '--device', 'cpu', '--output-dir', 'a', '--pretrained'])
+    loaders = main.build_loaders(args, torch.device('cpu'))
     assert calls == [(True, given), (False, given)]
     assert all(loader.preprocessing == given['preprocessing'] for loader in loaders)
 

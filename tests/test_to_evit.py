@@ -37,7 +37,7 @@ KINDS = {
     'rope': ('vit_small_patch16_rope_ape_224', {}),
     'rope mixed': ('vit_small_patch16_rope_mixed_224', {}),
     'map': ('vit_pe_core_tiny_patch16_384', dict(attn_pool_num_heads=2)),
-    'grouped queries': ('vit_base_patch16_sapiens2', dict(num_kv_heads=1)),
+    'grouped queries': ('vit_base_patch16_sapiens2', dict(num_heads=4, num_kv_heads=2)),
 }
 KINDS = {kind: (name, options) for kind, (name, options) in KINDS.items() if timm.is_model(name)}
 kinds = pytest.mark.parametrize('kind', KINDS)
