@@ -45,9 +45,11 @@ def get_args_parser():
                             formatter_class=HelpFormatter)
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group('tokens (one of these flags makes an EViT of a model of timm)').add_argument
-    add('--base-keep-rate', type=rate, help="fraction of tokens that a reorganising block keeps (default: the EViT's own, or 0.7)")
+    add('--base-keep-rate', type=rate, help='fraction of tokens that a reorganising block keeps (default: of the model, '
+        'or 0.7)')
     add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (default: off)')
-    add('--drop-loc', type=block_numbers, help='blocks that reorganise tokens, from 0 (default: after each quarter of the blocks but the last)')
+    add('--drop-loc', type=block_numbers, help='numbers of the blocks that reorganise tokens, from 0 (default: depth/4, '
+        'depth/2, 3·depth/4)')
     add('--shrink-start-epoch', type=count, help='epoch in which the keep rate starts to fall from 1 (default: 10)')
     add('--shrink-epochs', type=count, help='epochs in which it falls to the base keep rate (default: 0)')
 

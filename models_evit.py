@@ -145,7 +145,7 @@ class TokenReorganization:
                     if grid is not None:
                         tokens = place_tokens(tokens, patches, self.norm(grid) if norm else grid)
                     grid_size = self.patch_embed.dynamic_feat_size(image_size)
-                    tokens = tokens.transpose(1, 2).unflatten(2, grid_size).contiguous()                   # (B, C, H, W)
+                    tokens = tokens.transpose(1, 2).unflatten(2, grid_size).contiguous()             # (B, C, H, W)
                 outputs.append((tokens, prefix))
         features = None if intermediates_only else self.norm(x)
         if output_dict:

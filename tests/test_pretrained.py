@@ -124,8 +124,9 @@ def test_checkpoint_of_another_code_without_antialiasing_for_deit_only(tmp_path)
         source = timm.create_model(name, img_size=64, **options)
         model = to_evit(timm.create_model(name, img_size=32, **options))
         weights = weights_of(source)
-        torch.save({'state_dict': {f'module.{key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")}': value
-                                   for key, value in weights.items()}}, tmp_path / 'a.pth')
+        renamed = {'module.' + key.replace('ls1.gamma', 'gamma_1').replace('ls2.gamma', 'gamma_2'): value
+                   for key, value in weights.items()}
+        torch.save({'state_dict': renamed}, tmp_path / 'a.pth')
         load_finetune(model, str(tmp_path / 'a.pth'))
         prefix = weights['pos_embed'].shape[1] - 16
         grid = weights['pos_embed'][:, prefix:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)

@@ -16,8 +16,8 @@ from conftest import ROOT
 from evit_definition import definition
 from models_evit import EViT, from_evit, obstacle, to_evit
 
-# Two heads of 16 channels, 4 blocks, 16 patches
-SMALL = dict(embed_dim=32, num_heads=2, depth=4, img_size=32, patch_size=8, num_classes=5)
+# Two heads of 16 channels, 3 blocks, 16 patches
+SMALL = dict(embed_dim=32, num_heads=2, depth=3, img_size=32, patch_size=8, num_classes=5)
 KINDS = {
     'class token': ('vit_tiny_patch16_224', dict(qk_norm=True)),
     'registers': ('vit_small_patch14_reg4_dinov2', {}),
@@ -64,8 +64,8 @@ def test_model_against_the_definition(kind, fuse):
     model, images = model.double(), images.double().requires_grad_()
     if getattr(model, 'rope_mixed', False):
         model.rope.t_x, model.rope.t_y = model.rope.t_x.float(), model.rope.t_y.float()    # timm 1.0.24 needs that
-    twin = to_evit(copy.deepcopy(model), 0.7, (1, 2, 3), fuse)
-    expected, expected_maps, expected_kept = definition(model, images, 0.7, (1, 2, 3), fuse, norm=fuse)
+    twin = to_evit(copy.deepcopy(model), 0.7, (0, 2), fuse)
+    expected, expected_maps, expected_kept = definition(model, images, 0.7, (0, 2), fuse, norm=fuse)
     logits, kept = twin(images, get_idx=True)
     torch.testing.assert_close(logits, expected)
     assert trace(kept, len(expected_maps[0][0, 0].flatten())) == expected_kept
@@ -113,17 +113,18 @@ def test_rate_1_and_back(kind):
         to_evit(evit, 0.5, (0,))
         num_patches = model.patch_embed.num_patches
         for twin in (copy.deepcopy(evit), pickle.loads(pickle.dumps(evit))):
-            assert torch.equal(twin(images), evit(images)) and twin.token_counts() == (num_patches // 2, None, None, None)
+            assert torch.equal(twin(images), evit(images)) and twin.token_counts() == (num_patches // 2, None, None)
         assert from_evit(evit) is evit and torch.equal(evit(images), expected)
     pairs = zip(evit.named_modules(), model.named_modules(), strict=True)
-    assert all(type(ours) is type(theirs) and vars(ours).keys() == vars(theirs).keys() for (_, ours), (_, theirs) in pairs)
+    assert all(type(ours) is type(theirs) and vars(ours).keys() == vars(theirs).keys()
+               for (_, ours), (_, theirs) in pairs)
 
 
 @kinds
 @pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
 def test_one_graph(kind, compiled_graphs):
     model, images = build(kind)
-    model = to_evit(model, 0.7, (1, 2, 3), fuse_token=True)
+    model = to_evit(model, 0.7, (0, 2), fuse_token=True)
     with torch.no_grad():
         logits, kept = torch.compile(model, fullgraph=True)(images, get_idx=True)
         expected, expected_kept = model(images, get_idx=True)
@@ -138,7 +139,7 @@ def test_training_step_with_gradient_checkpointing(kind):
     weights = []
     for enable in (False, True):
         model, images = build(kind)
-        model = to_evit(model, 0.7, (1, 2, 3), fuse_token=True).train()
+        model = to_evit(model, 0.7, (0, 2), fuse_token=True).train()
         model.set_grad_checkpointing(enable)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         loss = F.cross_entropy(model(images), torch.arange(3))
@@ -153,11 +154,11 @@ def test_training_step_with_gradient_checkpointing(kind):
 @kinds
 def test_classifier_and_input_size(kind):
     model, _ = build(kind)
-    model = to_evit(model, 0.7, (1, 2, 3))
+    model = to_evit(model, 0.7, (0, 2))
     model.reset_classifier(7)
     model.set_input_size((48, 32))
     assert model(torch.zeros(2, 3, 48, 32)).shape == (2, 7)
-    assert model.token_counts()[0] is None and len(model(torch.zeros(2, 3, 48, 32), get_idx=True)[1]) == 3
+    assert model.token_counts()[1] is None and len(model(torch.zeros(2, 3, 48, 32), get_idx=True)[1]) == 2
 
 
 # --- Position embeddings --------------------------------------------------------------------------------------------
