@@ -31,8 +31,8 @@ from trainer import Trainer
 from utils import InputError, allow_fast_kernels, autocast, choose_amp_dtype, one_line, seed_all
 from visualize_mask import SHEET_IMAGES, draw_sheets, save_masked
 
-TOKEN_DEFAULTS = {'base_keep_rate': 0.7, 'fuse_token': False, 'drop_loc': None, 'shrink_start_epoch': 10,
-                  'shrink_epochs': 0}
+TOKEN_DEFAULTS = {'base_keep_rate': 0.7, 'fuse_token': False, 'merge_token': False, 'drop_loc': None,
+                  'shrink_start_epoch': 10, 'shrink_epochs': 0}
 DATASET = ('data_set', 'data_path', 'use_lmdb', 'nb_classes', 'inat_category', 'input_size', 'fast_resize',
            'color_jitter', 'aa', 'train_interpolation')
 LOGGED_MASKS = 8
@@ -48,6 +48,7 @@ def get_args_parser():
     add('--base-keep-rate', type=rate, help='fraction of tokens that a reorganising block keeps (default: of the model, '
         'or 0.7)')
     add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (default: off)')
+    add('--merge-token', action=on_off, help='merge each of them into the most similar kept token (default: off)')
     add('--drop-loc', type=block_numbers, help='numbers of the blocks that reorganise tokens, from 0 (default: depth/4, '
         'depth/2, 3·depth/4)')
     add('--shrink-start-epoch', type=count, help='epoch in which the keep rate starts to fall from 1 (default: 10)')
@@ -226,6 +227,7 @@ def wrong_combinations(args):
          f'--distillation-type {args.distillation_type} needs a model with a distillation token, not {args.model}'),
         (mixes and args.batch_size % 2 and not evaluates_only(args) and not args.only_test_speed,
          f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
+        (args.fuse_token and args.merge_token, '--fuse-token and --merge-token exclude each other'),
         (args.visualize_mask and not is_evit(args),
          f'--visualize-mask: {args.model} does not reorganise tokens; give a token flag such as --base-keep-rate'),
         (args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1],
@@ -269,7 +271,7 @@ def build_model(args, num_classes, pretrained=False):
     """The model on the CPU, with new weights or timm's."""
     tokens = None
     if args.base_keep_rate is not None:
-        tokens = {name: getattr(args, name) for name in ('base_keep_rate', 'drop_loc', 'fuse_token')}
+        tokens = {name: getattr(args, name) for name in ('base_keep_rate', 'drop_loc', 'fuse_token', 'merge_token')}
     return create_model(args.model, pretrained=pretrained, new_head=not args.eval, input_size=args.input_size,
                         tokens=tokens, grad_checkpointing=args.grad_checkpointing, model_kwargs=args.model_kwargs,
                         num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)

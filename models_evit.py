@@ -41,12 +41,12 @@ class TokenReorganization:
     by average, a fused token counts as many patches as it stands for.
 
     Args:
-        base_keep_rate, drop_loc, fuse_token: as in `to_evit`; all others are timm's.
+        base_keep_rate, drop_loc, fuse_token, merge_token: as in `to_evit`; all others are timm's.
     """
 
-    def __init__(self, *args, base_keep_rate=0.7, drop_loc=None, fuse_token=False, **kwargs):
+    def __init__(self, *args, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False, **kwargs):
         super().__init__(*args, **kwargs)
-        to_evit(self, base_keep_rate, drop_loc, fuse_token)
+        to_evit(self, base_keep_rate, drop_loc, fuse_token, merge_token)
 
     def forward(self, x, keep_rate=None, tokens=None, get_idx=False):
         """Classify images.
@@ -65,8 +65,8 @@ class TokenReorganization:
         """
         x, rope = self.embed(x)                                                        # (B, P + N, C)
         num_patches = x.shape[1] - self.num_prefix_tokens
-        x, kept = self.run_blocks(x, rope, keep_rate, tokens)                          # (B, P + n, C)
-        logits = self.forward_head(self.weigh_tokens(self.norm(x), kept, num_patches))
+        x, kept, sizes = self.run_blocks(x, rope, keep_rate, tokens)                   # (B, P + n, C)
+        logits = self.forward_head(self.weigh_tokens(self.norm(x), kept, sizes, num_patches))
         return (logits, kept) if get_idx else logits
 
     def forward_features(self, x, keep_rate=None):
@@ -78,19 +78,25 @@ class TokenReorganization:
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None
 
     def run_blocks(self, x, rope, keep_rate=None, tokens=None):
-        """Tokens (B, P + N, C) → tokens (B, P + n, C), [kept positions (B, k) for each reorganising block]."""
+        """Run all blocks on tokens (B, P + N, C).
+
+        Returns:
+            tokens (B, P + n, C), [kept positions (B, k) for each reorganising block], and how many patches each of the
+            n tokens stands for (B, n), None unless tokens were merged.
+        """
         rates = self.block_keep_rates(keep_rate if tokens is None else 1.)
         counts = len(rates) * [None] if tokens is None else tokens
-        patches, kept, num_patches = None, [], x.shape[1] - self.num_prefix_tokens
+        patches, sizes, kept, num_patches = None, None, [], x.shape[1] - self.num_prefix_tokens
         for i, (rate, count) in enumerate(zip(rates, counts, strict=True)):
-            x, idx = self.run_block(i, x, rope, patches, keep_rate=rate, tokens=count, get_idx=True)
-            if idx is not None:
-                kept.append(idx)
-                patches = None if rope is None else patches_after(patches, idx, num_patches)
-        return x, kept
+            x, done = self.run_block(i, x, rope, patches, sizes=sizes, keep_rate=rate, tokens=count)
+            if done is not None:
+                kept.append(done.kept)
+                sizes = done.sizes
+                patches = None if rope is None else patches_after(patches, done.kept, num_patches)
+        return x, kept, sizes
 
     def run_block(self, i, x, rope, patches, **kwargs):
-        """Run block `i` on tokens (B, P + n, C).
+        """Run block `i` on tokens (B, P + n, C); → tokens and the block's `Reorganization`.
 
         Args:
             rope: as `embed` returns it.
@@ -101,19 +107,21 @@ class TokenReorganization:
             rope = rope[i] if self.rope_mixed else rope
             num_tokens = x.shape[1] - self.num_prefix_tokens
             kwargs['rope'] = rope if patches is None else rope_rows(rope, patches[:, :num_tokens])
-        block = self.blocks[i]
-        return checkpoint(block, x, **kwargs) if self.grad_checkpointing else block(x, **kwargs)
+        block = partial(self.blocks[i], get_idx=True, **kwargs)
+        return checkpoint(block, x) if self.grad_checkpointing else block(x)
 
-    def weigh_tokens(self, x, kept, num_patches):
+    def weigh_tokens(self, x, kept, sizes, num_patches):
         """Scale tokens (B, P + n, C) so that a mean over the patches' tokens weighs each by its number of patches.
 
         A token begins as one patch, and a fused token stands for all patches of the tokens fused (`patches_per_token`).
-        Does nothing unless the head pools by average ('avg') and tokens were fused.
+        Does nothing unless the head pools by average ('avg') and tokens were fused or merged; `kept` and `sizes` are
+        those of `run_blocks`.
         """
-        if not (kept and self.fuse_token and self.global_pool == 'avg'):
+        if not (kept and (self.fuse_token or self.merge_token) and self.global_pool == 'avg'):
             return x
         prefix, tokens = x.tensor_split([self.num_prefix_tokens], dim=1)
-        sizes = patches_per_token(kept, num_patches).to(torch.promote_types(x.dtype, torch.float32))       # (B, n)
+        sizes = patches_per_token(kept, num_patches) if sizes is None else sizes       # (B, n)
+        sizes = sizes.to(torch.promote_types(x.dtype, torch.float32))
         weights = (sizes * (tokens.shape[1] / num_patches)).to(x.dtype)
         return torch.cat([prefix, tokens * weights.unsqueeze(-1)], dim=1)
 
@@ -133,12 +141,13 @@ class TokenReorganization:
         take, last = feature_take_indices(len(self.blocks), indices)
         image_size, num_prefix_tokens = x.shape[-2:], self.num_prefix_tokens
         x, rope = self.embed(x)
-        outputs, grid, patches, num_patches = [], None, None, x.shape[1] - num_prefix_tokens
+        outputs, grid, patches, sizes, num_patches = [], None, None, None, x.shape[1] - num_prefix_tokens
         for i in range(last + 1 if stop_early else len(self.blocks)):
-            x, idx, tokens = self.run_block(i, x, rope, patches, get_input=True)
-            if idx is not None:
-                grid = tokens if grid is None else place_tokens(tokens, patches, grid)                     # (B, N, C)
-                patches = patches_after(patches, idx, num_patches)
+            x, done = self.run_block(i, x, rope, patches, sizes=sizes, get_tokens=output_fmt == 'NCHW')
+            if done is not None:
+                if output_fmt == 'NCHW':
+                    grid = done.tokens if grid is None else place_tokens(done.tokens, patches, grid)       # (B, N, C)
+                patches, sizes = patches_after(patches, done.kept, num_patches), done.sizes
             if i in take:
                 prefix, tokens = (self.norm(x) if norm else x).tensor_split([num_prefix_tokens], dim=1)
                 if output_fmt == 'NCHW':
@@ -255,7 +264,7 @@ UNSERVED = {
 }
 
 
-def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False):
+def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False):
     """Turn a vision transformer of timm into an EViT, in place: its parameters and their names stay.
 
     timm's methods go on to work, `from_evit` turns it back. A call on an EViT sets its settings anew.
@@ -266,11 +275,13 @@ def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False):
         drop_loc: numbers of the reorganising blocks, from 0; after a quarter, a half and three quarters of the blocks
             if None, as in the paper (3, 6 and 9 of 12).
         fuse_token: fuse the other tokens into one instead of dropping them.
+        merge_token: merge each of them into the kept token that it is most similar to (`merge_into_nearest`), which
+            from then on counts for all that it stands for (`size_bias`); for weights that were trained with all tokens.
     Returns:
         the model.
     Raises:
-        ValueError: it cannot be an EViT, for the reason that the message names, or a rate or a block number is out of
-            range. The model is unchanged then.
+        ValueError: it cannot be an EViT, for the reason that the message names, a rate or a block number is out of
+            range, or tokens are to be fused and merged. The model is unchanged then.
     """
     reason = obstacle(model)
     if reason:
@@ -281,21 +292,26 @@ def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False):
         raise ValueError(f'the keep rate must lie in (0, 1], not {base_keep_rate}')
     if not all(0 <= i < depth for i in drop_loc):
         raise ValueError(f'drop_loc {tuple(drop_loc)} names a block outside 0 to {depth - 1}')
+    if fuse_token and merge_token:
+        raise ValueError('tokens are either fused (fuse_token) or merged (merge_token)')
     swap_classes(model, EVIT_CLASSES)
-    model.base_keep_rate, model.drop_loc, model.fuse_token = base_keep_rate, tuple(drop_loc), fuse_token
+    model.base_keep_rate, model.drop_loc = base_keep_rate, tuple(drop_loc)
     for i, block in enumerate(model.blocks):
         block.keep_rate = base_keep_rate if i in drop_loc else 1.
-        block.fuse_token, block.num_prefix_tokens = fuse_token, model.num_prefix_tokens
+        block.num_prefix_tokens = model.num_prefix_tokens
+    for module in (model, *model.blocks):
+        module.fuse_token, module.merge_token = fuse_token, merge_token
     return model
 
 
 def from_evit(model):
     """Turn an EViT back into timm's model, in place; → the model."""
     swap_classes(model, TIMM_CLASSES)
-    for module, names in ((model, ('base_keep_rate', 'drop_loc', 'fuse_token')),
-                          *((block, ('keep_rate', 'fuse_token', 'num_prefix_tokens')) for block in model.blocks)):
-        for name in names:
+    for module in (model, *model.blocks):
+        for name in ('base_keep_rate', 'drop_loc', 'keep_rate', 'fuse_token', 'merge_token'):
             vars(module).pop(name, None)
+    for block in model.blocks:
+        vars(block).pop('num_prefix_tokens', None)
     return model
 
 

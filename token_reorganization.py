@@ -3,6 +3,7 @@
 The pure functions come first; the attention and the blocks of timm that use them follow.
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -44,7 +45,67 @@ def reorganize_tokens(tokens, scores, k, fuse=False):
     return kept, idx
 
 
-def class_attention(q, k, scale):
+def merge_into_nearest(tokens, others, sizes, other_sizes):
+    """Merge each of the other tokens into the token that it is most similar to, by the cosine.
+
+    A token becomes the mean of all that it stands for, weighted by their sizes: the joining of DiffRate (ICCV 2023)
+    and Token Merging (ICLR 2023), here for the tokens that EViT does not keep. The matrix product in place of a scatter
+    with a reduction exports to every runtime.
+
+    Args:
+        tokens: (B, k, C), the kept ones.
+        others: (B, n, C).
+        sizes, other_sizes: (B, k) and (B, n), how many patches each stands for.
+    Returns:
+        tokens (B, k, C), their sizes (B, k), and for each of the others the position of the token it joined (B, n).
+    """
+    similarities = others.detach() @ F.normalize(tokens.detach(), dim=-1).transpose(1, 2)         # (B, n, k), scaled
+    nearest = similarities.argmax(dim=-1)                                                       # (B, n)
+    joins = nearest.unsqueeze(-1) == torch.arange(tokens.shape[1], device=tokens.device)        # (B, n, k)
+    weights = joins * other_sizes.unsqueeze(-1)                                                 # (B, n, k)
+    merged_sizes = sizes + weights.sum(dim=1)                                                   # (B, k)
+    sums = sizes.unsqueeze(-1) * tokens + weights.transpose(1, 2) @ others                      # (B, k, C)
+    return sums / merged_sizes.unsqueeze(-1), merged_sizes, nearest
+
+
+def merge_tokens(tokens, scores, k, sizes=None):
+    """Keep the k tokens with the highest scores; merge the others into them.
+
+    Args:
+        tokens, scores, k: as in `reorganize_tokens`.
+        sizes: (B, N), how many patches each token stands for; None for one each.
+    Returns:
+        tokens (B, k, C) and the `Reorganization`.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):        # rounded similarities would choose other tokens
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        sizes = torch.ones_like(scores, dtype=dtype) if sizes is None else sizes
+        order = scores.argsort(dim=1, descending=True)                                 # (B, N)
+        kept, others = order.tensor_split([k], dim=1)
+        rows = tokens.to(dtype).gather(1, order.unsqueeze(-1).expand_as(tokens))       # (B, N, C)
+        merged, merged_sizes, nearest = merge_into_nearest(
+            *rows.tensor_split([k], dim=1), *sizes.gather(1, order).tensor_split([k], dim=1))
+    return merged.to(tokens.dtype), Reorganization(kept, merged_sizes, others, nearest)
+
+
+class Reorganization(NamedTuple):
+    """What a block did with N tokens.
+
+    Attributes:
+        kept: (B, k), positions of the kept tokens.
+        sizes: (B, k), how many patches each stands for; None unless the others were merged.
+        others: (B, N − k), positions of the others; None unless they were merged.
+        nearest: (B, N − k), which of the k each of them joined.
+        tokens: (B, N, C), the tokens themselves, if asked for.
+    """
+    kept: torch.Tensor
+    sizes: torch.Tensor = None
+    others: torch.Tensor = None
+    nearest: torch.Tensor = None
+    tokens: torch.Tensor = None
+
+
+def class_attention(q, k, scale, bias=None):
     """Softmax attention of the class token to every token, averaged over heads (Eq. 2).
 
     Computed in float32 or better, because it decides which tokens are kept. It is a sum of products instead of a matrix
@@ -54,11 +115,15 @@ def class_attention(q, k, scale):
         q: (B, H, N, D); only row 0, the class token's query, is read.
         k: (B, H, N, D).
         scale: factor of the product, 1/√D.
+        bias: added to the logits of each key, (B, 1, 1, N), or None.
     Returns:
         (B, N); each row sums to 1.
     """
     query = q[:, :, :1].to(torch.promote_types(q.dtype, torch.float32)) * scale        # (B, H, 1, D)
-    return (query * k).sum(dim=-1).softmax(dim=-1).mean(dim=1)                         # (B, H, N) → (B, N)
+    logits = (query * k).sum(dim=-1)                                                   # (B, H, N)
+    if bias is not None:
+        logits = logits + bias.squeeze(2)
+    return logits.softmax(dim=-1).mean(dim=1)
 
 
 def patches_after(patches, idx, num_patches):
@@ -90,6 +155,17 @@ def patches_per_token(kept, num_patches):
     return sizes
 
 
+def size_bias(sizes, num_prefix_tokens, dtype):
+    """Proportional attention: log(size), added to the logits of a key, lets it count as many times (Token Merging, §3).
+
+    Args:
+        sizes: (B, n), how many patches each token stands for; each prefix token counts once.
+    Returns:
+        (B, 1, 1, P + n) of `dtype`, an attention mask.
+    """
+    return F.pad(sizes.log(), (num_prefix_tokens, 0)).to(dtype)[:, None, None]
+
+
 def rope_rows(rope, patches):
     """The rows of a rotary position embedding for tokens that are no longer all the patches in their order.
 
@@ -116,14 +192,14 @@ class ScoringAttention:
     of the attention in addition, never the (N, N) matrix.
     """
 
-    def forward(self, x, return_scores=False, **kwargs):
+    def forward(self, x, return_scores=False, attn_mask=None, **kwargs):
         """(B, N, C) → (B, N, C), and with `return_scores` the class token's attention (B, N), after any rotation."""
         if not return_scores:
-            return super().forward(x, **kwargs)
+            return super().forward(x, attn_mask=attn_mask, **kwargs)
         q, k, v = self.project(x, **kwargs)                                            # (B, H, N, D) each
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.)
         x = self.norm(x.transpose(1, 2).flatten(2))                                    # (B, N, C)
-        return self.proj_drop(self.proj(x)), class_attention(q, k, self.scale)
+        return self.proj_drop(self.proj(x)), class_attention(q, k, self.scale, attn_mask)
 
     def project(self, x, rope=None):
         """(B, N, C) → queries, keys and values, (B, H, N, D) each; `rope` rotates queries and keys of the patches."""
@@ -177,33 +253,41 @@ class InplaceGELU(nn.GELU):
 class ReorganizingBlock:
     """Mixin for a block of timm, which can then reorganise its tokens between attention and MLP.
 
-    Modifications: GELU in place; `keep_rate`, `fuse_token` and `num_prefix_tokens`, which `to_evit` sets. Prefix tokens
-    (class, distillation, registers) are protected: they are never dropped or fused. A block that keeps all tokens runs
-    timm's own forward.
+    Modifications: GELU in place; `keep_rate`, `fuse_token`, `merge_token` and `num_prefix_tokens`, which `to_evit`
+    sets. Prefix tokens (class, distillation, registers) are protected: they are never dropped, fused or merged. A block
+    that keeps all tokens runs timm's own forward.
     """
 
-    def forward(self, x, keep_rate=None, tokens=None, get_idx=False, get_input=False, **kwargs):
+    def forward(self, x, keep_rate=None, tokens=None, sizes=None, get_idx=False, get_tokens=False, **kwargs):
         """(B, P + N, C) → (B, P + k [+ 1], C) with P protected tokens.
 
         Args:
             keep_rate: fraction of the N tokens to keep; None for the block's own rate.
             tokens: number of tokens k to keep, instead of a rate.
-            get_idx: also return the kept positions (B, k), None if all tokens were kept.
-            get_input: return a third value, the N tokens from which k were kept (B, N, C), or None.
+            sizes: (B, N), how many patches each token stands for, if they were merged (proportional attention).
+            get_idx: also return the `Reorganization`, None if all tokens were kept.
+            get_tokens: with the tokens from which k were kept.
             kwargs: what the attention takes, such as `rope`.
         """
-        num_tokens = x.shape[1] - self.num_prefix_tokens
+        num_prefix = self.num_prefix_tokens
+        num_tokens, result = x.shape[1] - num_prefix, None
         k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate) if tokens is None else tokens
+        if sizes is not None:
+            kwargs['attn_mask'] = size_bias(sizes, num_prefix, x.dtype)
         if k >= num_tokens:
-            x, idx, tokens = super().forward(x, **kwargs), None, None
+            x = super().forward(x, **kwargs)
         else:
             x, scores = self.attend(x, **kwargs)
-            prefix, tokens = x.tensor_split([self.num_prefix_tokens], dim=1)
-            kept, idx = reorganize_tokens(tokens, scores[:, self.num_prefix_tokens:], k, self.fuse_token)
+            prefix, tokens = x.tensor_split([num_prefix], dim=1)
+            if self.merge_token:
+                kept, result = merge_tokens(tokens, scores[:, num_prefix:], k, sizes)
+            else:
+                kept, idx = reorganize_tokens(tokens, scores[:, num_prefix:], k, self.fuse_token)
+                result = Reorganization(idx)
+            if get_tokens:
+                result = result._replace(tokens=tokens)
             x = self.feed_forward(torch.cat([prefix, kept], dim=1))
-        if get_input:
-            return x, idx, tokens
-        return (x, idx) if get_idx else x
+        return (x, result) if get_idx else x
 
 
 class EViTBlock(ReorganizingBlock, Block):

@@ -1,7 +1,7 @@
 """From kept positions back to image patches, then to pictures.
 
-`observe` records what a model does with images, `mask_images` and `attention_images` draw it, `draw_sheets` arranges it
-on two sheets. In a notebook, `kept_patches` and `mask_images` are enough::
+`observe` records what a model does with images, `mask_images`, `merge_images` and `attention_images` draw it,
+`draw_sheets` arranges it on two sheets. In a notebook, `kept_patches` and `mask_images` are enough::
 
     masks = kept_patches(model, images)                                    # (B, stages, rows, cols)
     pictures = mask_images(images, masks, model.patch_embed.patch_size)    # (B, stages, 3, H, W)
@@ -62,6 +62,23 @@ def compose_positions(kept, batch_size, num_patches, device=None):
     return masks[..., :num_patches]
 
 
+def groups_of_patches(done, batch_size, num_patches, device=None):
+    """Which token each patch is part of after each stage of a model that merges: int (B, stages, num_patches).
+
+    Args:
+        done: the stages' `Reorganization`; None for a stage that kept all.
+    """
+    groups = [torch.arange(num_patches, device=device).expand(batch_size, -1)]
+    for stage in done:
+        group = groups[-1]
+        if stage is not None:
+            own = torch.arange(stage.kept.shape[1], device=device).expand_as(stage.kept)
+            order, target = torch.cat([stage.kept, stage.others], dim=1), torch.cat([own, stage.nearest], dim=1)
+            group = torch.empty_like(target).scatter(1, order, target).gather(1, group)
+        groups.append(group)
+    return torch.stack(groups[1:], dim=1)
+
+
 class Observation(NamedTuple):
     """What a model did with a batch of images.
 
@@ -71,11 +88,14 @@ class Observation(NamedTuple):
         attention: float32 (B, stages, rows, cols), the class token's attention to each patch in the stage, NaN where
             the patch no longer had a token of its own.
         logits: (B, classes).
+        groups: int (B, stages, rows, cols), patches with the same number are one token after the stage; None unless the
+            model merges tokens.
     """
     blocks: list
     kept: torch.Tensor
     attention: torch.Tensor
     logits: torch.Tensor
+    groups: torch.Tensor = None
 
 
 @torch.no_grad()
@@ -90,24 +110,28 @@ def observe(model, images, keep_rate=None):
         keep_rate: as in the model's `forward`.
     """
     blocks = [i for i, rate in enumerate(model.block_keep_rates(keep_rate)) if rate < 1 or i in model.drop_loc]
-    kept, scores = [], []
+    done, scores = [], []
     with eval_mode(model), contextlib.ExitStack() as hooks:
         for block in (model.blocks[i] for i in blocks):
             # Computed once more, because a block that keeps all of its tokens computes no scores
             hooks.enter_context(block.attn.register_forward_hook(
                 lambda attn, args, options, _: scores.append(
-                    attn.forward(*args, **{name: options[name] for name in options if name == 'rope'},
+                    attn.forward(*args, **{name: options[name] for name in ('rope', 'attn_mask') if name in options},
                                  return_scores=True)[1]), with_kwargs=True))
-            hooks.enter_context(block.register_forward_hook(lambda _, args, output: kept.append(output[1])))
+            hooks.enter_context(block.register_forward_hook(lambda _, args, output: done.append(output[1])))
         logits = model(images, keep_rate)
     grid_size = model.patch_embed.dynamic_feat_size(images.shape[-2:])
     shape = len(images), grid_size[0] * grid_size[1]
+    kept = [stage and stage.kept for stage in done]
     attention = torch.full((shape[0], len(blocks), shape[1] + 1), math.nan, device=images.device)
     for stage, patches, row in zip(attention.unbind(1), patches_of_tokens(kept, *shape, images.device), scores):
         row = row[:, model.num_prefix_tokens:].float()                                 # (B, n)
         stage.scatter_(1, patches[:, :row.shape[1]], row)
+    groups = None
+    if model.merge_token and blocks:
+        groups = groups_of_patches(done, *shape, images.device).unflatten(-1, grid_size)
     return Observation(blocks, compose_positions(kept, *shape, images.device).unflatten(-1, grid_size),
-                       attention[..., :-1].unflatten(-1, grid_size), logits)
+                       attention[..., :-1].unflatten(-1, grid_size), logits, groups)
 
 
 def kept_patches(model, images, keep_rate=None):
@@ -151,6 +175,34 @@ def mask_images(images, masks, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGE
     """
     masks = to_pixels(masks.unsqueeze(2), patch_size, images.shape[-2:])               # (B, stages, 1, H, W)
     return denormalize(images, mean, std).unsqueeze(1) * masks
+
+
+def merge_images(images, groups, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
+    """The images after each stage; patches that were merged into one token have their mean colour.
+
+    Args:
+        groups: int (B, stages, rows, cols), as in `Observation`.
+        images, patch_size, mean, std: as in `mask_images`.
+    Returns:
+        float32 (B, stages, 3, H, W) in [0, 1].
+    """
+    inputs = denormalize(images, mean, std).unsqueeze(1)                               # (B, 1, 3, H, W)
+    grid_size = groups.shape[-2:]
+    colors = F.adaptive_avg_pool2d(inputs.flatten(0, 1), grid_size).flatten(2).transpose(1, 2).unsqueeze(1)
+    groups = groups.flatten(2)                                                         # (B, stages, N)
+    same = (groups.unsqueeze(-1) == groups.unsqueeze(-2)).float()                      # (B, stages, N, N)
+    sizes = same.sum(-1, keepdim=True)                                                 # (B, stages, N, 1)
+    colors = (same @ colors / sizes).transpose(2, 3).unflatten(-1, grid_size)          # (B, stages, 3, rows, cols)
+    merged = (sizes > 1).transpose(2, 3).unflatten(-1, grid_size)
+    size = images.shape[-2:]
+    return torch.where(to_pixels(merged, patch_size, size), to_pixels(colors, patch_size, size), inputs)
+
+
+def stage_images(images, seen, *settings):
+    """`merge_images` of an `Observation` if the model merges tokens, else `mask_images`."""
+    if seen.groups is None:
+        return mask_images(images, seen.kept, *settings)
+    return merge_images(images, seen.groups, *settings)
 
 
 def attention_images(images, attention, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
@@ -199,7 +251,7 @@ def save_masked(model, images, indices, output_dir, keep_rate=None,
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     inputs = denormalize(images, mean, std)
-    masked = mask_images(images, kept_patches(model, images, keep_rate), pixels_per_patch(model), mean, std)
+    masked = stage_images(images, observe(model, images, keep_rate), pixels_per_patch(model), mean, std)
     for index, picture, stages in zip(indices, inputs, masked):
         save_jpeg(picture, output_dir / f'img_{index}_a.jpg')
         for stage, picture in enumerate(stages):
@@ -232,7 +284,7 @@ def draw_sheets(model, batches, classes, keep_rate=None, mean=IMAGENET_DEFAULT_M
             seen = observe(model, images, keep_rate)
             settings = pixels_per_patch(model), mean, std
             inputs = denormalize(images, mean, std).unsqueeze(1)
-            for rows, stages in ((grid, mask_images(images, seen.kept, *settings)),
+            for rows, stages in ((grid, stage_images(images, seen, *settings)),
                                  (attention, attention_images(images, seen.attention, *settings))):
                 rows += to_bytes(torch.cat([inputs, stages], dim=1))
             captions += [(f'true: {classes[label]}', f'predicted: {classes[guess]}')

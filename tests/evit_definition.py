@@ -9,16 +9,18 @@ import torch
 
 
 class Token:
-    """A vector (C,), the patch that it began as (None: a prefix token or a fused one), how many patches it counts."""
+    """A vector (C,), the patch that it began as (None: a prefix token or a fused one), and how many patches it counts as
+    in the attention and in an average."""
 
-    def __init__(self, vector, patch=None, size=1):
-        self.vector, self.patch, self.size = vector, patch, size
+    def __init__(self, vector, patch=None, size=1, counted=1):
+        self.vector, self.patch, self.size, self.counted = vector, patch, size, counted
 
 
-def definition(model, images, keep_rate, drop_loc, fuse, norm=False):
+def definition(model, images, keep_rate, drop_loc, way, norm=False):
     """
     Args:
         model: a model of timm, in evaluation mode.
+        way: what becomes of the other tokens: 'drop', 'fuse' or 'merge'.
         norm: whether to normalise the maps.
     Returns:
         logits (B, num_classes), maps of each block [(B, C, H, W)], and the patches kept in the last block, [set] * B.
@@ -26,14 +28,14 @@ def definition(model, images, keep_rate, drop_loc, fuse, norm=False):
     x = model._pos_embed(model.patch_embed(images))
     x, rope = x if isinstance(x, tuple) else (x, None)
     x = model.norm_pre(x)
-    results = [one_image(model, tokens, rope, keep_rate, drop_loc, fuse, norm) for tokens in x]
+    results = [one_image(model, tokens, rope, keep_rate, drop_loc, way, norm) for tokens in x]
     logits, maps, kept = zip(*results)
     grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
     return (torch.stack(logits), [torch.stack(level).transpose(1, 2).unflatten(2, grid) for level in zip(*maps)],
             list(kept))
 
 
-def one_image(model, vectors, rope, keep_rate, drop_loc, fuse, norm):
+def one_image(model, vectors, rope, keep_rate, drop_loc, way, norm):
     num_prefix = model.num_prefix_tokens
     prefix = [Token(vector) for vector in vectors[:num_prefix]]
     tokens = [Token(vector, patch) for patch, vector in enumerate(vectors[num_prefix:])]
@@ -51,7 +53,7 @@ def one_image(model, vectors, rope, keep_rate, drop_loc, fuse, norm):
             for token in tokens:
                 if token.patch is not None:
                     grid[token.patch] = token.vector
-            tokens = reorganize(tokens, attention[num_prefix:], keep_rate, fuse)
+            tokens = reorganize(tokens, attention[num_prefix:], keep_rate, way)
         both = prefix + tokens
         x = torch.stack([token.vector for token in both])
         branch = block.norm2(block.mlp(x)) if post_norm else block.mlp(block.norm2(x))
@@ -79,7 +81,9 @@ def attend(attn, x, tokens, table):
             queries, keys = (torch.stack([
                 vector if token.patch is None else rotated(vector, rows_of_head[token.patch], attn.rotate_half)
                 for vector, token in zip(vectors, tokens)]) for vectors in (queries, keys))
-        weights = torch.softmax(queries @ keys.T / math.sqrt(head_dim), dim=1)
+        # A merged token counts as often as it has patches: e^(l + log s) = s · e^l
+        logits = queries @ keys.T / math.sqrt(head_dim) + x.new_tensor([math.log(token.size) for token in tokens])
+        weights = torch.softmax(logits, dim=1)
         outputs.append(weights @ v[:, shared])
         rows.append(weights[0])
     return attn.proj(attn.norm(torch.cat(outputs, dim=1))), sum(rows) / heads
@@ -117,14 +121,24 @@ def scale(block, number, branch):
     return branch if gamma is None else branch * gamma
 
 
-def reorganize(tokens, scores, keep_rate, fuse):
+def reorganize(tokens, scores, keep_rate, way):
     best_first = sorted(range(len(tokens)), key=lambda i: -scores[i].item())
     k = math.ceil(keep_rate * len(tokens))
     kept, others = best_first[:k], best_first[k:]
     result = [tokens[i] for i in kept]
-    if fuse and others:
+    if way == 'fuse' and others:
         result.append(Token(sum(scores[i] * tokens[i].vector for i in others),
-                            size=sum(tokens[i].size for i in others)))
+                            counted=sum(tokens[i].counted for i in others)))
+    if way == 'merge':
+        joined = {i: [tokens[i]] for i in kept}
+        for j in others:
+            nearest = max(kept, key=lambda i: torch.cosine_similarity(tokens[i].vector, tokens[j].vector, dim=0).item())
+            joined[nearest].append(tokens[j])
+        result = []
+        for i, parts in joined.items():
+            size = sum(part.size for part in parts)
+            mean = sum(part.size * part.vector for part in parts) / size
+            result.append(Token(mean, tokens[i].patch, size, size))
     return result
 
 
@@ -134,6 +148,6 @@ def head(model, features, tokens):
         return (model.head(features[0]) + model.head_dist(features[1])) / 2
     if model.global_pool != 'avg':
         return model.forward_head(features[None])[0]
-    total = sum(token.size for token in tokens)
-    mean = sum(token.size * vector for token, vector in zip(tokens, features[num_prefix:])) / total
+    total = sum(token.counted for token in tokens)
+    mean = sum(token.counted * vector for token, vector in zip(tokens, features[num_prefix:])) / total
     return model.head(model.fc_norm(mean))

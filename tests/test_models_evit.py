@@ -143,7 +143,7 @@ def test_protected_tokens(num_prefix_tokens, fuse):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     x = torch.randn(2, num_prefix_tokens + 9, 12)
-    y, idx = block(x, get_idx=True)
+    y, (idx, *_) = block(x, get_idx=True)
     assert y.shape == (2, num_prefix_tokens + 5 + fuse, 12)
     assert torch.equal(y[:, :num_prefix_tokens], x[:, :num_prefix_tokens])
     assert 0 <= idx.min() and idx.max() < 9

@@ -57,15 +57,15 @@ def build(kind):
 # --- Against the definition -----------------------------------------------------------------------------------------
 
 @kinds
-@pytest.mark.parametrize('fuse', [False, True])
-def test_model_against_the_definition(kind, fuse):
+@pytest.mark.parametrize('way', ['drop', 'fuse', 'merge'])
+def test_model_against_the_definition(kind, way):
     """Logits, kept tokens, maps and gradients, in float64."""
     model, images = build(kind)
     model, images = model.double(), images.double().requires_grad_()
     if getattr(model, 'rope_mixed', False):
         model.rope.t_x, model.rope.t_y = model.rope.t_x.float(), model.rope.t_y.float()    # timm 1.0.24 needs that
-    twin = to_evit(copy.deepcopy(model), 0.7, (0, 2), fuse)
-    expected, expected_maps, expected_kept = definition(model, images, 0.7, (0, 2), fuse, norm=fuse)
+    twin, norm = to_evit(copy.deepcopy(model), 0.7, (0, 2), way == 'fuse', way == 'merge'), way == 'fuse'
+    expected, expected_maps, expected_kept = definition(model, images, 0.7, (0, 2), way, norm)
     logits, kept = twin(images, get_idx=True)
     torch.testing.assert_close(logits, expected)
     assert trace(kept, len(expected_maps[0][0, 0].flatten())) == expected_kept
@@ -76,7 +76,7 @@ def test_model_against_the_definition(kind, fuse):
     for (name, _), one, other in zip([('images', None), *model.named_parameters()], *gradients, strict=True):
         torch.testing.assert_close(other, one, msg=lambda text: f'{name}: {text}')
     with torch.no_grad():
-        maps = twin.forward_intermediates(images, norm=fuse, intermediates_only=True)
+        maps = twin.forward_intermediates(images, norm=norm, intermediates_only=True)
     for block_map, expected_map in zip(maps, expected_maps, strict=True):
         torch.testing.assert_close(block_map, expected_map.detach())
 
@@ -110,6 +110,7 @@ def test_rate_1_and_back(kind):
         for ours, theirs in zip(evit.forward_intermediates(images, **options)[1],
                                 model.forward_intermediates(images, **options)[1], strict=True):
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        assert torch.equal(to_evit(evit, 0.7, merge_token=True)(images, keep_rate=1), expected)
         to_evit(evit, 0.5, (0,))
         num_patches = model.patch_embed.num_patches
         for twin in (copy.deepcopy(evit), pickle.loads(pickle.dumps(evit))):
@@ -120,11 +121,11 @@ def test_rate_1_and_back(kind):
                for (_, ours), (_, theirs) in pairs)
 
 
-@kinds
+@pytest.mark.parametrize('kind, merge', [*((kind, False) for kind in KINDS), ('average', True), ('rope mixed', True)])
 @pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
-def test_one_graph(kind, compiled_graphs):
+def test_one_graph(kind, merge, compiled_graphs):
     model, images = build(kind)
-    model = to_evit(model, 0.7, (0, 2), fuse_token=True)
+    model = to_evit(model, 0.7, (0, 2), fuse_token=not merge, merge_token=merge)
     with torch.no_grad():
         logits, kept = torch.compile(model, fullgraph=True)(images, get_idx=True)
         expected, expected_kept = model(images, get_idx=True)
@@ -133,13 +134,13 @@ def test_one_graph(kind, compiled_graphs):
     assert len(compiled_graphs) == 1
 
 
-@kinds
-def test_training_step_with_gradient_checkpointing(kind):
+@pytest.mark.parametrize('kind, merge', [*((kind, False) for kind in KINDS), ('average', True), ('rope mixed', True)])
+def test_training_step_with_gradient_checkpointing(kind, merge):
     """The same weights after the step as without, and a lower loss."""
     weights = []
     for enable in (False, True):
         model, images = build(kind)
-        model = to_evit(model, 0.7, (0, 2), fuse_token=True).train()
+        model = to_evit(model, 0.7, (0, 2), fuse_token=not merge, merge_token=merge).train()
         model.set_grad_checkpointing(enable)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         loss = F.cross_entropy(model(images), torch.arange(3))
@@ -149,6 +150,15 @@ def test_training_step_with_gradient_checkpointing(kind):
         assert F.cross_entropy(model(images), torch.arange(3)) < loss
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value)
+
+
+def test_merging_exports_without_a_scatter_with_reduction():
+    model, images = build('eva02')
+    model = to_evit(model, 0.7, (0, 2), merge_token=True)
+    graph = torch.export.export(model, (images,)).run_decompositions()
+    operations = ' '.join(str(node.target) for node in graph.graph.nodes)
+    assert 'sort' in operations and not re.search('scatter|index_add|index_put', operations)
+    torch.testing.assert_close(graph.module()(images), model(images))
 
 
 @kinds
@@ -247,8 +257,8 @@ def test_blocks_by_default(depth, drop_loc):
 
 def test_settings_of_an_evit():
     model = to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=4), 0.7, (1,), fuse_token=True)
-    for arguments in ((0,), (1.1,), (0.5, (4,)), (0.5, (-1,))):
-        with pytest.raises(ValueError, match='keep rate|drop_loc'):
+    for arguments in ((0,), (1.1,), (0.5, (4,)), (0.5, (-1,)), (0.5, (1,), True, True)):
+        with pytest.raises(ValueError, match='keep rate|drop_loc|either fused .* or merged'):
             to_evit(model, *arguments)
         assert type(model) is EViT and (model.base_keep_rate, model.drop_loc, model.fuse_token) == (0.7, (1,), True)
         assert model.token_counts() == (None, 138, None, None)

@@ -15,8 +15,8 @@ import models_evit  # noqa: F401, registers the models
 import visualize_mask
 from conftest import ROOT
 from visualize_mask import (ABSENT, HEAT, SHEET_WIDTH, attention_images, compose_positions, contact_sheet, denormalize,
-                            draw_sheets, fit, kept_patches, mask_images, observe, save_jpeg, save_masked, shorten,
-                            to_bytes)
+                            draw_sheets, fit, kept_patches, mask_images, merge_images, observe, save_jpeg, save_masked,
+                            shorten, to_bytes)
 
 TINY = 'deit_tiny_patch16_shrink_base'
 TINY_DISTILLED = 'deit_tiny_distilled_patch16_shrink_base'
@@ -458,3 +458,43 @@ def test_notebook_lines_of_the_docs():
                  classes=['cat', 'dog'], plt=SimpleNamespace(imshow=shown.append))
     exec('\n'.join(lines), names)
     assert shown[0].shape == (64, 64, 3) and names['grid'].size == names['attention'].size
+
+
+# --- Merged tokens --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, kwargs, size, grid', [MODELS[1], MODELS[2], MODELS[6]])
+def test_patches_that_became_one_token(name, kwargs, size, grid):
+    """Against sets of patches, joined one by one; a merged patch has the mean colour of its group."""
+    model, images = create(name, merge_token=True, **kwargs), random_images(size)
+    stages = []
+    for block in (model.blocks[i] for i in model.drop_loc):
+        block.register_forward_hook(lambda block, args, output: stages.append(output[1]))
+    seen = observe(model, images, 0.6)
+    pictures = merge_images(images, seen.groups, model.patch_embed.patch_size)
+    num_patches, height = grid[0] * grid[1], model.patch_embed.patch_size[0]
+    pixels = denormalize(images)
+    for b in range(len(images)):
+        tokens = [{patch} for patch in range(num_patches)]
+        for i, stage in enumerate(stages):
+            joined = [set(tokens[position]) for position in stage.kept[b].tolist()]
+            for position, target in zip(stage.others[b].tolist(), stage.nearest[b].tolist(), strict=True):
+                joined[target] |= tokens[position]
+            tokens = joined
+            groups = seen.groups[b, i].flatten().tolist()
+            assert sorted(map(sorted, tokens)) == sorted(
+                [patch for patch in range(num_patches) if groups[patch] == group] for group in set(groups))
+            assert [len(patches) for patches in tokens] == stage.sizes[b].tolist()
+            for patches in tokens:
+                squares = [(..., slice(row * height, (row + 1) * height), slice(col * height, (col + 1) * height))
+                           for row, col in (divmod(patch, grid[1]) for patch in patches)]
+                mean = torch.stack([pixels[b][square].mean((1, 2)) for square in squares]).mean(0)
+                for square in squares:
+                    expected = pixels[b][square] if len(patches) == 1 else mean[:, None, None].expand(3, height, height)
+                    torch.testing.assert_close(pictures[b, i][square], expected)
+
+
+def test_sheets_of_merged_tokens():
+    model, images = create(merge_token=True), random_images()
+    grid = draw_sheets(model, [(images, torch.zeros(3, dtype=torch.long))], ['a'] * 1000)[0]
+    dropped = draw_sheets(models_evit.to_evit(model), [(images, torch.zeros(3, dtype=torch.long))], ['a'] * 1000)[0]
+    assert (np.asarray(dropped) == 0).all(-1).sum() > (np.asarray(grid) == 0).all(-1).sum()
