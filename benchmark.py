@@ -25,6 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arguments import positive
 from compiled_model import CompiledModel, check_compiler
+from distributed import log, rank
+from logger import append_line, make_output_folder
 from utils import autocast, eval_mode
 
 
@@ -320,6 +322,20 @@ def macs(model, input_size=224, keep_rate=None):
     with eval_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         classify(model, image, keep_rate)
     return counter.get_total_flops() / 2e9
+
+
+def report_speed(name, model, input_size, output_dir=None, **settings):
+    """Print images/s and GMACs of a model, and write them to speed_macs.txt and log.txt in the output folder.
+
+    The arguments are those of `throughput`, and the model's name.
+    """
+    speed, gmacs = throughput(model, input_size, **settings), macs(model, input_size)
+    report = f'{name}: {speed}\n{name}: {gmacs:.3f} GMACs an image'
+    log(report)
+    if output_dir and rank() == 0:
+        folder = make_output_folder(output_dir)
+        (folder / 'speed_macs.txt').write_text(report + '\n')
+        append_line(folder / 'log.txt', {'speed_images_per_second': speed.median, 'speed_gmacs': gmacs})
 
 
 def peak_memory(model, protocol):

@@ -121,11 +121,12 @@ class SeededDataset(Dataset):
 
 
 def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False, nb_classes=None, inat_category='name',
-                  input_size=224, fast_resize=False, **augmentation):
+                  input_size=224, fast_resize=False, augment=None, **augmentation):
     """The training or the validation set; its `classes` are names, its samples (uint8 (3, S, S), label).
 
     Args:
         is_train: which of the two.
+        augment: whether to augment the images; None for the training set's only.
         data_set: 'DIGITS', 'BOARD_DIGITS', 'IMNET', 'CIFAR', 'INAT' or 'INAT19'.
         data_path: folder of the data set, which the digits do not need.
         use_lmdb: read `train.lmdb` or `val.lmdb` instead of a tree of image files.
@@ -135,8 +136,9 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
     Raises:
         InputError: the folder lacks something, or a policy does not exist.
     """
-    transform = build_transform(is_train, data_set, input_size, fast_resize, **augmentation)
-    decode = decode_pixels if is_train and fast_resize else decode_picture
+    augment = is_train if augment is None else augment
+    transform = build_transform(augment, data_set, input_size, fast_resize, **augmentation)
+    decode = decode_pixels if augment and fast_resize else decode_picture
     load = partial(load_image, decode=decode)
     if data_set in DIGITS:
         return Digits(is_train, transform, on_board=data_set == 'BOARD_DIGITS')
@@ -271,7 +273,7 @@ class DeviceLoader:
     def __init__(self, loader, device, channels_last=False, preprocessing=Preprocessing()):
         self.loader, self.device, self.preprocessing = loader, device, preprocessing
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.dataset, self.sampler = loader.dataset, loader.sampler
+        self.dataset, self.sampler, self.batch_size = loader.dataset, loader.sampler, loader.batch_size
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self.mean, self.std = (torch.tensor(statistic, device=device).view(1, 3, 1, 1)
                                for statistic in (preprocessing.mean, preprocessing.std))

@@ -166,6 +166,14 @@ def broadcast(tensor):
     return tensor
 
 
+def broadcast_object(value):
+    """The first process's value, in all processes; it must pickle."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def share_buffers(model):
     """Copy the buffers of a model from the first process; DDP does so before each step, but not after the last."""
     for buffer in model.buffers():

@@ -11,25 +11,26 @@ from functools import partial
 
 import torch
 from timm.data import Mixup
-from torch.utils.data import Subset
 
 from arguments import (ArgumentParser, HelpFormatter, block_numbers, count, key_value, non_negative, positive, rate,
                        share, timm_model, with_dashes, within)
-from benchmark import macs, throughput
+from benchmark import report_speed
 from checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights
+from curve import WAYS, draw_curve, way_of
 from datasets import (DIGITS, INAT_CATEGORIES, Preprocessing, SeededDataset, build_dataset, build_loader,
                       check_same_classes, pretrained_input, spread)
 from distributed import (Stopped, exit_failed, ignore_stop_signals, init_process_group, kill_workers,
                          leave_process_group, log, rank, world_size)
 from engine import evaluate
-from logger import append_line, make_output_folder
+from knn import Neighbours
+from logger import make_output_folder
 from losses import DistillationLoss, build_base_criterion
 from model_factory import create_model
 from models_evit import VARIANTS
 from samplers import EvalSampler, TrainSampler
 from trainer import Trainer
-from utils import InputError, allow_fast_kernels, autocast, choose_amp_dtype, one_line, seed_all
-from visualize_mask import SHEET_IMAGES, draw_sheets, save_masked
+from utils import InputError, allow_fast_kernels, choose_amp_dtype, seed_all
+from visualize_mask import visualize
 
 TOKEN_DEFAULTS = {'base_keep_rate': 0.7, 'fuse_token': False, 'merge_token': False, 'drop_loc': None,
                   'shrink_start_epoch': 10, 'shrink_epochs': 0}
@@ -56,6 +57,10 @@ def get_args_parser():
 
     add = parser.add_argument_group('modes').add_argument
     add('--eval', action='store_true', help='evaluate a checkpoint and exit')
+    add('--keep-rates', nargs='+', type=rate, help='with --eval: accuracy and speed at each of these keep rates')
+    add('--token-ways', nargs='+', choices=WAYS, help="with --keep-rates: in each of these ways (default: the model's)")
+    add('--knn', type=positive(int), metavar='K', help='with --eval: classify by the K nearest training images')
+    add('--knn-bank', choices=['full', 'own'], help='their features: of the full model (default), or of the same rate')
     add('--test-speed', action='store_true', help='measure throughput and MACs before the run')
     add('--only-test-speed', action='store_true', help='measure throughput and MACs and exit')
     add('--visualize-mask', action='store_true', help='write pictures of the kept patches and exit')
@@ -186,7 +191,9 @@ def parse_args(argv, parser=None):
         args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
     input_size, preprocessing = input_of(args)
     defaults = {'input_size': input_size, 'train_interpolation': preprocessing.interpolation}
-    if args.model in VARIANTS or any(getattr(args, name) is not None for name in TOKEN_DEFAULTS):
+    if args.knn and not args.keep_rates:
+        args.keep_rates = [args.base_keep_rate or 1.]
+    if args.model in VARIANTS or args.keep_rates or any(getattr(args, name) is not None for name in TOKEN_DEFAULTS):
         defaults |= TOKEN_DEFAULTS
     if args.model in VARIANTS:
         defaults |= {'base_keep_rate': VARIANTS[args.model].keep_rate, 'drop_loc': (3, 6, 9)}
@@ -228,6 +235,10 @@ def wrong_combinations(args):
         (mixes and args.batch_size % 2 and not evaluates_only(args) and not args.only_test_speed,
          f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
         (args.fuse_token and args.merge_token, '--fuse-token and --merge-token exclude each other'),
+        (args.keep_rates and not args.eval, '--keep-rates and --knn go with --eval'),
+        (args.keep_rates and args.compile, '--keep-rates and --knn run eagerly; leave out --compile'),
+        (args.token_ways and not args.keep_rates, '--token-ways needs --keep-rates'),
+        (args.knn_bank and not args.knn, '--knn-bank needs --knn'),
         (args.visualize_mask and not is_evit(args),
          f'--visualize-mask: {args.model} does not reorganise tokens; give a token flag such as --base-keep-rate'),
         (args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1],
@@ -272,7 +283,7 @@ def build_model(args, num_classes, pretrained=False):
     tokens = None
     if args.base_keep_rate is not None:
         tokens = {name: getattr(args, name) for name in ('base_keep_rate', 'drop_loc', 'fuse_token', 'merge_token')}
-    return create_model(args.model, pretrained=pretrained, new_head=not args.eval, input_size=args.input_size,
+    return create_model(args.model, pretrained=pretrained, new_head=not args.eval or bool(args.knn), input_size=args.input_size,
                         tokens=tokens, grad_checkpointing=args.grad_checkpointing, model_kwargs=args.model_kwargs,
                         num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
 
@@ -298,9 +309,12 @@ def main(args):
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     allow_fast_kernels(device)
     seed_all(args.seed)
+    measure_speed = partial(report_speed, args.model, input_size=args.input_size, output_dir=args.output_dir,
+                            batch_size=args.batch_size, device=device, amp_dtype=amp_dtype, compiled=args.compile,
+                            channels_last=args.channels_last)
     if args.only_test_speed:
         model = build_model(args, num_classes=1000).to(device, memory_format=memory_format)
-        return test_speed(args, model, device, amp_dtype)
+        return measure_speed(model)
 
     source = find_checkpoint(args.resume, args.output_dir, device, required=evaluates_only(args))
     checkpoint = load_run(source, vars(args), evaluates_only(args)) if source else None
@@ -314,17 +328,21 @@ def main(args):
     model.to(device, memory_format=memory_format)
     log_setting(args, model, loader_train, loader_val, device, amp_dtype)
     if args.test_speed:
-        test_speed(args, model, device, amp_dtype)
+        measure_speed(model)
 
     evaluate_model = partial(evaluate, loader=loader_val, device=device, amp_dtype=amp_dtype, compiled=args.compile,
                              sharded=args.dist_eval, print_freq=args.print_freq)
-    if args.eval:
+    if args.keep_rates:
+        evaluate_rates(args, model, loader_val, device, amp_dtype)
+    elif args.eval:
         evaluate_model(model)
         if args.model_ema and source and checkpoint.get('model_ema'):
             load_weights(model, checkpoint['model_ema'], f'model_ema of {source}')
             evaluate_model(model, name='EMA network')
     elif args.visualize_mask:
-        visualize(args, model, loader_val, device, amp_dtype, evaluate_model)
+        images = visualize(model, loader_val, args.n_visualization, args.output_dir or 'visualization', args.batch_size,
+                           device, amp_dtype, args.num_workers, args.pin_mem)
+        evaluate_model(model, loader=images, sharded=True)
     else:
         mixup, criterion = build_criterion(args, num_classes, device)
         trainer = Trainer(args, model, device, amp_dtype, criterion, mixup, loader_train, evaluate_model, mask_loader)
@@ -344,40 +362,22 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
         f'{world_size()} process(es) on {device.type}, {amp_dtype}')
 
 
-def test_speed(args, model, device, amp_dtype):
-    """Print images/s and GMACs of the model, and write them to speed_macs.txt and log.txt in the output folder."""
-    speed = throughput(model, args.input_size, batch_size=args.batch_size, device=device, amp_dtype=amp_dtype,
-                       compiled=args.compile, channels_last=args.channels_last)
-    gmacs = macs(model, args.input_size)
-    report = f'{args.model}: {speed}\n{args.model}: {gmacs:.3f} GMACs an image'
-    log(report)
-    if args.output_dir and rank() == 0:
-        folder = make_output_folder(args.output_dir)
-        (folder / 'speed_macs.txt').write_text(report + '\n')
-        append_line(folder / 'log.txt', {'speed_images_per_second': speed.median, 'speed_gmacs': gmacs})
-
-
-def visualize(args, model, loader_val, device, amp_dtype, evaluate_model):
-    """Write pictures of what the model keeps, each process its share of the images; print the accuracy on them."""
-    dataset, preprocessing = loader_val.dataset, loader_val.preprocessing
-    images = spread(dataset, args.n_visualization)
-    sampler = EvalSampler(images, world_size(), rank())
-    load = partial(build_loader, batch_size=args.batch_size, device=device, preprocessing=preprocessing)
-    loader = load(images, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem)
-    sheet_loader = load(Subset(images, range(min(SHEET_IMAGES, len(images)))), None)
-    statistics = dict(mean=preprocessing.mean, std=preprocessing.std)
-    folder = make_output_folder(args.output_dir or 'visualization')
-    numbers = iter(sampler)
-    for batch, _ in loader:
-        with autocast(device, amp_dtype):
-            save_masked(model, batch, [next(numbers) for _ in batch], folder, **statistics)
-    if rank() == 0:
-        with autocast(device, amp_dtype):
-            sheets = draw_sheets(model, sheet_loader, dataset.classes, **statistics)
-        for name, sheet in zip(('grid.png', 'attention.png'), sheets):
-            sheet.save(folder / name)
-    log(f'Wrote pictures of {len(images)} images to {folder}')
-    evaluate_model(model, loader=loader, sharded=True)
+def evaluate_rates(args, model, loader_val, device, amp_dtype):
+    """Draw the curve of accuracy against speed over the keep rates."""
+    folder, processes = make_output_folder(args.output_dir or 'curve'), world_size() if args.dist_eval else 1
+    settings = {name: getattr(args, name) for name in ('model', 'data_set', 'data_path', 'input_size', 'drop_loc',
+                                                       'batch_size', 'amp_dtype', 'knn', 'knn_bank')}
+    settings |= {'weights': sum(p.double().abs().sum() for p in model.parameters()).item(), 'processes': processes}
+    neighbours = loader_train = None
+    if args.knn:
+        neighbours = Neighbours(args.knn, args.knn_bank == 'own')
+        options = {name: getattr(args, name) for name in DATASET} | {'preprocessing': loader_val.preprocessing}
+        dataset = build_dataset(True, augment=False, **options)
+        loader_train = build_loader(dataset, EvalSampler(dataset, world_size(), rank()), loader_val.batch_size, device,
+                                    args.num_workers, preprocessing=loader_val.preprocessing)
+    draw_curve(model, loader_val, args.keep_rates, args.token_ways or [way_of(model)], folder, settings, device=device,
+               amp_dtype=amp_dtype, input_size=args.input_size, batch_size=args.batch_size, sharded=args.dist_eval,
+               print_freq=args.print_freq, neighbours=neighbours, loader_train=loader_train)
 
 
 def run(argv=None, parser=None):

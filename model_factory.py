@@ -36,7 +36,13 @@ def create_model(name, *, pretrained=False, new_head=True, input_size=None, toke
         options['img_size'] = input_size
     if pretrained:
         check_classes(name, options['num_classes'], new_head)
+        if model_kwargs:
+            # With another head, timm would load weights that lack a part of the model; with their own it refuses them
+            create_from_timm(name, pretrained, options | {'num_classes': timm.get_pretrained_cfg(name).num_classes},
+                             model_kwargs)
     model = create_from_timm(name, pretrained, options, model_kwargs)
+    if getattr(model, 'global_pool', None) == '':
+        raise InputError(f'--model-kwargs global_pool=: {name} would not classify without pooling')
     if tokens is not None:
         try:
             to_evit(model, **tokens)

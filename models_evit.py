@@ -30,7 +30,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer, 
 
 from token_reorganization import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock,
                                   EViTEvaBlockPostNorm, EViTRopeAttention, InplaceGELU, num_kept, patches_after,
-                                  patches_per_token, rope_rows)
+                                  patches_per_token, place_tokens, rope_rows)
 from token_reorganization import class_attention, reorganize_tokens        # noqa: F401, for code that imports them here
 
 
@@ -122,8 +122,12 @@ class TokenReorganization:
         prefix, tokens = x.tensor_split([self.num_prefix_tokens], dim=1)
         sizes = patches_per_token(kept, num_patches) if sizes is None else sizes       # (B, n)
         sizes = sizes.to(torch.promote_types(x.dtype, torch.float32))
-        weights = (sizes * (tokens.shape[1] / num_patches)).to(x.dtype)
-        return torch.cat([prefix, tokens * weights.unsqueeze(-1)], dim=1)
+        if getattr(self, 'pool_include_prefix', False):
+            share = x.shape[1] / (num_patches + self.num_prefix_tokens)
+            prefix = prefix * share
+        else:
+            share = tokens.shape[1] / num_patches
+        return torch.cat([prefix, tokens * (sizes * share).to(x.dtype).unsqueeze(-1)], dim=1)
 
     def forward_intermediates(self, x, indices=None, return_prefix_tokens=False, norm=False, stop_early=False,
                               output_fmt='NCHW', intermediates_only=False, output_dict=False, attn_mask=None,
@@ -223,12 +227,6 @@ class EViTEva(TokenReorganization, Eva):
         return self.norm_pre(x), rope
 
 
-def place_tokens(tokens, patches, grid):
-    """Put tokens (B, n, C) in their places on a grid (B, N, C); a fused token has none. `patches` as in `run_block`."""
-    idx = patches[:, :tokens.shape[1], None].expand_as(tokens)                         # (B, n, C)
-    return F.pad(grid, (0, 0, 0, 1)).scatter(1, idx, tokens)[:, :-1]
-
-
 def antialiases(model):
     """Whether the model's family resizes a position embedding with antialiasing: timm does, DeiT and EViT do not."""
     return not ((getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or '').startswith('deit')
@@ -287,15 +285,15 @@ def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_to
     if reason:
         raise ValueError(f'{type(model).__name__} cannot become an EViT: {reason}')
     depth = len(model.blocks)
-    drop_loc = sorted({depth // 4, depth // 2, 3 * depth // 4}) if drop_loc is None else drop_loc
+    drop_loc = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}) if drop_loc is None else drop_loc)
     if not 0 < base_keep_rate <= 1:
         raise ValueError(f'the keep rate must lie in (0, 1], not {base_keep_rate}')
     if not all(0 <= i < depth for i in drop_loc):
-        raise ValueError(f'drop_loc {tuple(drop_loc)} names a block outside 0 to {depth - 1}')
+        raise ValueError(f'drop_loc {drop_loc} names a block outside 0 to {depth - 1}')
     if fuse_token and merge_token:
         raise ValueError('tokens are either fused (fuse_token) or merged (merge_token)')
     swap_classes(model, EVIT_CLASSES)
-    model.base_keep_rate, model.drop_loc = base_keep_rate, tuple(drop_loc)
+    model.base_keep_rate, model.drop_loc = base_keep_rate, drop_loc
     for i, block in enumerate(model.blocks):
         block.keep_rate = base_keep_rate if i in drop_loc else 1.
         block.num_prefix_tokens = model.num_prefix_tokens
@@ -305,7 +303,9 @@ def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_to
 
 
 def from_evit(model):
-    """Turn an EViT back into timm's model, in place; → the model."""
+    """Turn an EViT back into timm's model, in place; → the model. Raises ValueError if it is none."""
+    if type(model) not in TIMM_CLASSES:
+        raise ValueError(f'{type(model).__name__} is no EViT')
     swap_classes(model, TIMM_CLASSES)
     for module in (model, *model.blocks):
         for name in ('base_keep_rate', 'drop_loc', 'keep_rate', 'fuse_token', 'merge_token'):
@@ -329,7 +329,8 @@ def obstacle(model):
         return type(module) in EVIT_CLASSES or isinstance(module, tuple(TIMM_CLASSES))
 
     if not is_served(model):
-        return UNSERVED.get(type(model).__name__, 'it is no VisionTransformer or Eva of timm')
+        return UNSERVED.get(type(model).__name__,
+                            'it is no VisionTransformer or Eva of timm, or it is a subclass or a wrapper of one')
     if model.cls_token is None:
         return 'it has no class token, whose attention ranks the tokens'
     for block in model.blocks:

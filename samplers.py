@@ -50,6 +50,10 @@ class EvalSampler(Sampler):
     def __init__(self, dataset, num_replicas, rank):
         self.indices = range(rank, len(dataset), num_replicas)
 
+    def skip(self, samples):
+        """Leave out the first samples of this share."""
+        self.indices = self.indices[samples:]
+
     def __iter__(self):
         return iter(self.indices)
 

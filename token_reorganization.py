@@ -155,6 +155,12 @@ def patches_per_token(kept, num_patches):
     return sizes
 
 
+def place_tokens(tokens, patches, grid):
+    """Put tokens (B, n, C) in their places on a grid (B, N, C); a fused token has none. `patches`: (B, n or more), the patch of each."""
+    idx = patches[:, :tokens.shape[1], None].expand_as(tokens)                         # (B, n, C)
+    return F.pad(grid, (0, 0, 0, 1)).scatter(1, idx, tokens)[:, :-1]
+
+
 def size_bias(sizes, num_prefix_tokens, dtype):
     """Proportional attention: log(size), added to the logits of a key, lets it count as many times (Token Merging, §3).
 
@@ -180,7 +186,9 @@ def rope_rows(rope, patches):
     """
     sines, cosines = rope[(None,) * (4 - rope.ndim)].chunk(2, dim=-1)                  # (B or 1, H or 1, N, D)
     table = torch.cat([F.pad(sines, (0, 0, 0, 1)), F.pad(cosines, (0, 0, 0, 1), value=1.)], dim=-1)
-    return table.take_along_dim(patches[:, None, :, None], dim=2)
+    # Sizes are taken from `patches`, so that a graph with a dynamic batch size can be exported
+    idx = patches[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])     # (B, 1 or H, n, 2D)
+    return table.expand(patches.shape[0], -1, -1, -1).gather(2, idx)
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------

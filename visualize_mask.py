@@ -12,6 +12,7 @@ import bisect
 import contextlib
 import math
 import unicodedata
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,15 @@ import torch.nn.functional as F
 from einops import repeat
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import Subset
 from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
+from datasets import build_loader, spread
+from distributed import log, rank, world_size
+from logger import make_output_folder
+from samplers import EvalSampler
 from token_reorganization import patches_after
-from utils import eval_mode
+from utils import autocast, eval_mode
 
 SHEET_WIDTH = 1680     # pixels at most, unless the headers of very many stages need more
 SHEET_IMAGES = 128     # images at most, to keep a sheet readable
@@ -261,6 +267,35 @@ def save_masked(model, images, indices, output_dir, keep_rate=None,
 def save_jpeg(picture, path):
     """Write a picture (3, H, W) in [0, 1]; without chroma subsampling, which would bleed into black patches."""
     to_pil_image(to_bytes(picture)).save(path, quality=95, subsampling=0)
+
+
+def visualize(model, loader, count, output_dir, batch_size, device, amp_dtype, num_workers=0, pin_memory=True):
+    """Write pictures of `count` images of a loader's data set, each process its share of them, and the two sheets.
+
+    Args:
+        model: as in `observe`.
+        output_dir: for the pictures of `save_masked`, `grid.png` and `attention.png`; made if missing.
+    Returns:
+        the loader of this process's share.
+    """
+    dataset, preprocessing = loader.dataset, loader.preprocessing
+    images = spread(dataset, count)
+    sampler = EvalSampler(images, world_size(), rank())
+    load = partial(build_loader, batch_size=batch_size, device=device, preprocessing=preprocessing)
+    share = load(images, sampler, num_workers=num_workers, pin_memory=pin_memory)
+    statistics = dict(mean=preprocessing.mean, std=preprocessing.std)
+    folder, numbers = make_output_folder(output_dir), iter(sampler)
+    for batch, _ in share:
+        with autocast(device, amp_dtype):
+            save_masked(model, batch, [next(numbers) for _ in batch], folder, **statistics)
+    if rank() == 0:
+        with autocast(device, amp_dtype):
+            first = load(Subset(images, range(min(SHEET_IMAGES, len(images)))), None)
+            sheets = draw_sheets(model, first, dataset.classes, **statistics)
+        for name, sheet in zip(('grid.png', 'attention.png'), sheets):
+            sheet.save(folder / name)
+    log(f'Wrote pictures of {len(images)} images to {folder}')
+    return share
 
 
 # --- Sheets ---------------------------------------------------------------------------------------------------------

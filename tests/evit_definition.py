@@ -148,6 +148,7 @@ def head(model, features, tokens):
         return (model.head(features[0]) + model.head_dist(features[1])) / 2
     if model.global_pool != 'avg':
         return model.forward_head(features[None])[0]
-    total = sum(token.counted for token in tokens)
-    mean = sum(token.counted * vector for token, vector in zip(tokens, features[num_prefix:])) / total
+    counted = num_prefix * [1] + [token.counted for token in tokens]
+    first = 0 if getattr(model, 'pool_include_prefix', False) else num_prefix
+    mean = sum(n * vector for n, vector in zip(counted[first:], features[first:])) / sum(counted[first:])
     return model.head(model.fc_norm(mean))

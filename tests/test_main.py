@@ -9,6 +9,7 @@ from PIL import Image
 
 import folder2lmdb
 import main
+import visualize_mask
 from conftest import PLAIN, TINY, open_picture, run_main
 from datasets import Digits, Preprocessing
 from main import parse_args
@@ -110,6 +111,14 @@ def trees(image_folder, teacher, tmp_path):
     (['--data-set', 'DIGITS', '--data-path', '{tree}'], '--data-set DIGITS'),
     (['--finetune', ''], '--finetune'),
     (['--eval', '--finetune', '{root}/junk.pth'], '--resume'),
+    (['--fuse_token', '--merge_token'], 'exclude each other'),
+    (['--keep-rates', '1', '0.5'], 'go with --eval'),
+    (['--knn', '5', '--visualize_mask', '--resume', 'x'], 'go with --eval'),
+    (['--eval', '--resume', 'x', '--keep-rates', '1.5'], '(0, 1]'),
+    (['--eval', '--resume', 'x', '--keep-rates', '0.5', '--token-ways', 'keep'], 'invalid choice'),
+    (['--eval', '--resume', 'x', '--keep-rates', '0.5', '--compile'], 'leave out --compile'),
+    (['--eval', '--resume', 'x', '--token-ways', 'drop'], '--keep-rates'),
+    (['--eval', '--resume', 'x', '--knn-bank', 'own'], 'needs --knn'),
     (['--drop_loc', '[3,6'], 'block numbers'),
     (['--drop_loc', ''], 'block numbers'),
     (['--aa', 'no_policy'], 'no_policy'),
@@ -401,7 +410,7 @@ def test_pictures_by_one_and_two_processes(image_folder, digits_run, tmp_path):
 def test_precision_of_pictures(digits_run, tmp_path, monkeypatch):
     precise = []
     for name in 'save_masked', 'draw_sheets':
-        monkeypatch.setattr(main, name, lambda *_, **__: precise.append(torch.is_autocast_enabled('cpu')) or [])
+        monkeypatch.setattr(visualize_mask, name, lambda *_, **__: precise.append(torch.is_autocast_enabled('cpu')) or [])
     main.main(parse_args([*PLAIN, '--output_dir', str(tmp_path), '--resume', str(digits_run[1] / 'checkpoint.pth'),
                           '--visualize_mask', '--n_visualization', '2', '--amp-dtype', 'bfloat16']))
     assert precise == [True, True]
@@ -409,8 +418,8 @@ def test_precision_of_pictures(digits_run, tmp_path, monkeypatch):
 
 def test_sheet_of_the_first_images(digits_run, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(main, 'SHEET_IMAGES', 3)
-    monkeypatch.setattr(main, 'draw_sheets', lambda model, loader, classes, **_: [
+    monkeypatch.setattr(visualize_mask, 'SHEET_IMAGES', 3)
+    monkeypatch.setattr(visualize_mask, 'draw_sheets', lambda model, loader, classes, **_: [
         shown.append(len(loader.dataset)) or Image.new('RGB', (1, 1))] * 2)
     main.main(parse_args([*PLAIN, '--output_dir', str(tmp_path), '--resume', str(digits_run[1] / 'checkpoint.pth'),
                           '--visualize_mask', '--n_visualization', '5']))

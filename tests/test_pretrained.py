@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import main
+import visualize_mask
 from checkpoint import load_finetune
 from conftest import ROOT, run_main
 from main import parse_args
 from models_evit import resize_pos_embed, to_evit
+from utils import InputError
 from visualize_mask import kept_patches, mask_images
 
 REGISTERS = ['--model', 'vit_small_patch14_reg4_dinov2', '--input-size', '32', '--batch-size', '64', '--lr', '2.4e-3',
@@ -108,7 +110,7 @@ def test_pretrained_trained_and_visualized(hub, tmp_path, capsys, monkeypatch):
     expected = weights_of(timm.create_model('test_vit'))
     assert torch.equal(weights['blocks.3.mlp.fc1.weight'], expected['blocks.3.mlp.fc1.weight'])
     pictures = []
-    monkeypatch.setattr(main, 'save_masked', lambda model, batch, *_, **statistics: pictures.append(
+    monkeypatch.setattr(visualize_mask, 'save_masked', lambda model, batch, *_, **statistics: pictures.append(
         mask_images(batch, kept_patches(model, batch), (8, 8), **statistics)))
     main.main(parse_args([*flags, '--visualize-mask', '--n-visualization', '4', '--output_dir', str(tmp_path / 'v')]))
     assert 'the head is new' in capsys.readouterr().out
@@ -116,6 +118,15 @@ def test_pretrained_trained_and_visualized(hub, tmp_path, capsys, monkeypatch):
     kept = pictures[0][0] > 0
     assert torch.equal(pictures[0][0][kept].mul(255).round(),
                        digits[0][0].expand_as(pictures[0][0])[kept].float())
+
+
+@pytest.mark.parametrize('option, named', [('depth=8', 'blocks.6.'), ('qk_norm=True', 'q_norm'), ('global_pool=', 'pool')])
+def test_pretrained_weights_that_do_not_fit(hub, option, named, capsys):
+    """Also where the head is new, no part of the model is left with random weights."""
+    args = parse_args(['--model', 'test_vit', '--pretrained', '--fuse-token', '--model-kwargs', option])
+    with pytest.raises(InputError, match=named) as error:
+        main.build_model(args, 10, pretrained=True)
+    assert '\n' not in str(error.value)
 
 
 def test_checkpoint_of_another_code_without_antialiasing_for_deit_only(tmp_path):

@@ -27,6 +27,7 @@ KINDS = {
     'average': ('beit3_base_patch16_224', {}),
     'distilled': ('deit_tiny_distilled_patch16_224', {}),
     'deit3': ('deit3_small_patch16_224', {}),
+    'average with registers': ('vit_small_patch14_reg4_dinov2', dict(global_pool='avg', pool_include_prefix=True)),
     'non-square': ('vit_tiny_patch16_224', dict(img_size=(32, 24), patch_size=(4, 8), global_pool='avg')),
     'hybrid': ('vit_tiny_r_s16_p8_224', dict(img_size=(64, 64), patch_size=1)),
     'eva': ('eva_giant_patch14_224', {}),
@@ -161,6 +162,15 @@ def test_merging_exports_without_a_scatter_with_reduction():
     torch.testing.assert_close(graph.module()(images), model(images))
 
 
+@pytest.mark.parametrize('kind', ['registers', 'eva02', 'rope mixed'])
+def test_export_with_any_batch_size(kind):
+    model, images = build(kind)
+    model = to_evit(model, 0.7, (0, 2), fuse_token=True)
+    graph = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch', min=2)},)).module()
+    for batch in (images, torch.cat([images, images + 1])):
+        torch.testing.assert_close(graph(batch), model(batch))
+
+
 @kinds
 def test_classifier_and_input_size(kind):
     model, _ = build(kind)
@@ -255,6 +265,12 @@ def test_blocks_by_default(depth, drop_loc):
     assert to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=depth)).drop_loc == drop_loc
 
 
+def test_from_evit_of_another_model():
+    for model in (torch.nn.Linear(1, 1), VisionTransformer(embed_dim=12, num_heads=2, depth=1)):
+        with pytest.raises(ValueError, match='is no EViT'):
+            from_evit(model)
+
+
 def test_settings_of_an_evit():
     model = to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=4), 0.7, (1,), fuse_token=True)
     for arguments in ((0,), (1.1,), (0.5, (4,)), (0.5, (-1,)), (0.5, (1,), True, True)):
@@ -262,4 +278,4 @@ def test_settings_of_an_evit():
             to_evit(model, *arguments)
         assert type(model) is EViT and (model.base_keep_rate, model.drop_loc, model.fuse_token) == (0.7, (1,), True)
         assert model.token_counts() == (None, 138, None, None)
-    assert to_evit(model, 0.5, (2, 3)).token_counts() == (None, None, 98, 49) and not model.fuse_token
+    assert to_evit(model, 0.5, iter([2, 3])).token_counts() == (None, None, 98, 49) and not model.fuse_token

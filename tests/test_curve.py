@@ -1,0 +1,168 @@
+import csv
+import functools
+import json
+import math
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import knn
+import main
+from conftest import PLAIN, run_main
+from curve import Evaluation, plan_rows, with_way
+from datasets import build_dataset, build_loader
+from engine import evaluate
+from knn import Neighbours, nearest_votes
+from main import parse_args
+from models_evit import to_evit
+from samplers import EvalSampler
+from utils import InputError
+
+CPU = torch.device('cpu')
+WAYS = 'drop', 'fuse', 'merge'
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    model = to_evit(timm.create_model('vit_tiny_patch16_224', img_size=16, patch_size=4, embed_dim=24, num_heads=2,
+                                      depth=4, num_classes=10), 0.7, (1, 2))
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def loader(is_train=False):
+    dataset = build_dataset(is_train, data_set='DIGITS', input_size=16, augment=False)
+    return build_loader(dataset, EvalSampler(dataset, 1, 0), 16, CPU)
+
+
+def evaluation(model, file, rates=(1., 0.7, 0.4), ways=WAYS, **settings):
+    return Evaluation(model, plan_rows(rates, ways), file, settings, CPU, torch.float32)
+
+
+def sums(evaluation):
+    return {(row.way, row.rate): row.sums for row in evaluation.rows}
+
+
+def test_rows_equal_evaluations_one_by_one(model, tmp_path):
+    curve = evaluation(model, tmp_path / 'curve.json')
+    curve.run(loader())
+    assert [(row.way, row.rate) for row in curve.rows] == [
+        ('full', 1.), *((way, rate) for way in WAYS for rate in (0.7, 0.4))]
+    with torch.no_grad():
+        full = torch.cat([model(images, keep_rate=1).argmax(1) for images, _ in loader()])
+        for row in curve.rows:
+            one = to_evit(with_way(model, 'drop'), row.rate, model.drop_loc, row.way == 'fuse', row.way == 'merge')
+            expected = evaluate(one, loader(), device=CPU, amp_dtype=torch.float32)
+            images, top1, top5, same, loss = row.sums
+            assert images == expected['images'] == 360
+            assert (100 * top1 / images, 100 * top5 / images) == (expected['acc1'], expected['acc5'])
+            assert loss / images == pytest.approx(expected['loss'], rel=1e-6)
+            assert same == sum((one(images).argmax(1) == guess).sum() for (images, _), guess in
+                               zip(loader(), full.split(16)))
+    assert len({tuple(row.sums) for row in curve.rows}) == 7
+
+
+def test_interrupted_pass_goes_on(model, tmp_path, monkeypatch):
+    expected = evaluation(model, tmp_path / 'whole.json')
+    expected.run(loader())
+    interrupted, file, seen = evaluation(model, tmp_path / 'curve.json'), tmp_path / 'curve.json', []
+    classify = Evaluation.classify
+
+    def stop(self, images, way, rate):
+        if way == 'full':
+            seen.append(len(images))
+            if len(seen) == 22:
+                raise KeyboardInterrupt
+        return classify(self, images, way, rate)
+
+    monkeypatch.setattr(Evaluation, 'classify', stop)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run(loader())
+    monkeypatch.setattr(Evaluation, 'classify', classify)
+    resumed = evaluation(model, file)
+    assert [row.batches for row in resumed.rows] == 7 * [20] and not any(row.complete for row in resumed.rows)
+    resumed.run(loader())
+    assert all(resumed_sums == pytest.approx(sums(expected)[row]) for row, resumed_sums in sums(resumed).items())
+    # Complete rows stay; a new one is evaluated alone, beside the full model
+    calls = []
+    monkeypatch.setattr(Evaluation, 'classify', lambda self, images, way, rate: calls.append((way, rate)) or
+                        classify(self, images, way, rate))
+    more = evaluation(model, file, (0.7, 0.5), ['merge'])
+    more.run(loader())
+    assert set(calls) == {('full', 1.), ('merge', 0.5)}
+    assert sums(more)['merge', 0.7] == sums(resumed)['merge', 0.7]
+
+
+def test_curve_of_other_settings(model, tmp_path):
+    evaluation(model, tmp_path / 'curve.json', data='a').save()
+    with pytest.raises(InputError, match='of data a, this run has b'):
+        evaluation(model, tmp_path / 'curve.json', data='b')
+
+
+def test_ways_share_the_parameters(model):
+    twin = with_way(model, 'merge')
+    assert all(one is other for one, other in zip(twin.parameters(), model.parameters(), strict=True))
+    assert twin.merge_token and not model.merge_token and twin.drop_loc == model.drop_loc
+
+
+@pytest.mark.parametrize('chunk', [1000, 7])
+def test_votes_against_a_naive_loop(chunk, monkeypatch):
+    monkeypatch.setattr(knn, 'CHUNK', chunk)
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = (torch.nn.functional.normalize(torch.randn(n, 5, generator=generator, dtype=torch.float64), dim=1)
+                     for n in (4, 33))
+    labels = torch.randint(0, 3, (33,), generator=generator)
+    votes = nearest_votes(queries, bank, labels, 6, 3)
+    for query, shares in zip(queries, votes):
+        cosines = [(query @ feature).item() for feature in bank]
+        best = sorted(range(33), key=lambda i: -cosines[i])[:6]
+        weights = [sum(math.exp(cosines[i] / 0.07) for i in best if labels[i] == label) for label in range(3)]
+        torch.testing.assert_close(shares, torch.tensor(weights, dtype=torch.float64) / sum(weights))
+    assert nearest_votes(queries, bank[:2], labels[:2], 6, 3).shape == (4, 3)          # a small bank
+
+
+@pytest.mark.parametrize('own', [False, True])
+def test_neighbours(model, own):
+    """The class token's features, of the same rate or of the full model."""
+    neighbours, rows = Neighbours(5, own), [('full', 1.), ('merge', 0.5)]
+    neighbours.fill({'full': model, 'merge': with_way(model, 'merge')}, rows, loader(True), 10, CPU, torch.float32)
+    bank_model = to_evit(with_way(model, 'merge'), 0.5 if own else 1, model.drop_loc, merge_token=True)
+    query_model = to_evit(with_way(model, 'merge'), 0.5, model.drop_loc, merge_token=True)
+    features = functools.partial(torch.nn.functional.normalize, dim=1)
+    with torch.no_grad():
+        bank = torch.cat([bank_model.forward_features(images)[:, 0] for images, _ in loader(True)])
+        labels = torch.cat([labels for _, labels in loader(True)])
+        images, _ = next(iter(loader()))
+        queries = query_model.forward_features(images)[:, 0]
+        votes = neighbours.vote(queries, 'merge', 0.5).exp()
+    expected = nearest_votes(features(queries), features(bank), labels, 5, 10)
+    torch.testing.assert_close(votes, expected.clamp(min=1e-8))
+
+
+def test_curve_from_the_command_line(digits_run, tmp_path, capsys):
+    flags = [*PLAIN, '--eval', '--resume', str(digits_run[1] / 'checkpoint.pth'), '--output_dir', str(tmp_path)]
+    main.main(parse_args([*flags, '--keep-rates', '0.5', '--token-ways', 'fuse', 'merge']))
+    printed = capsys.readouterr().out
+    with open(tmp_path / 'curve.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['way'], row['rate']) for row in rows] == [('full', '1.0'), ('fuse', '0.5'), ('merge', '0.5')]
+    assert rows[0]['ratio'] == '1.0' and rows[0]['same'] == '100.0' and float(rows[1]['gmacs']) < float(rows[0]['gmacs'])
+    assert ' fuse   0.5' in printed and '360 images; batch 64 of 32×32' in printed
+    with Image.open(tmp_path / 'curve.png') as picture:
+        assert picture.width > 500
+    with pytest.raises(InputError, match='of knn None, this run has 3'):
+        main.main(parse_args([*flags, '--keep-rates', '0.5', '--knn', '3']))
+
+
+def test_curve_of_two_processes(digits_run, tmp_path):
+    flags = [*PLAIN, '--eval', '--resume', digits_run[1] / 'checkpoint.pth', '--knn', '5', '--base_keep_rate', '0.6']
+    for processes, folder in ((0, 'one'), (2, 'two')):
+        done = run_main(*flags, '--dist-eval', '--output_dir', tmp_path / folder, processes=processes)
+        assert ' fuse   0.6' in done.stdout
+    one, two = (json.loads((tmp_path / folder / 'curve.json').read_text())['rows'] for folder in ('one', 'two'))
+    for a, b in zip(one, two, strict=True):
+        assert a['sums'] == pytest.approx(b['sums'], rel=1e-5) and a['sums'][0] == 360 and b['complete']
