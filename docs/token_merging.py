@@ -1,0 +1,102 @@
+"""Token Merging (Bolya et al., ICLR 2023) with the same weights, as a yardstick for `merge_token`.
+
+    python docs/token_merging.py --eval --resume CHECKPOINT --keep-rates 0.9 0.7 0.5 … (the flags of main.py)
+
+For each keep rate, every block merges as many tokens as make the GMACs those of `merge_token` at this rate.
+"""
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import main as program
+from benchmark import macs
+from checkpoint import load_checkpoint, load_weights
+from curve import with_way
+from engine import evaluate
+from token_reorganization import size_bias
+from utils import choose_amp_dtype
+
+
+class TokenMerging(nn.Module):
+    """A model that merges `reductions[i]` tokens in block i, for models without rotary position embeddings.
+
+    Args:
+        model: an EViT, of which only the layers are used.
+        reductions: number of tokens to merge in each block.
+    """
+
+    def __init__(self, model, reductions):
+        super().__init__()
+        self.model, self.reductions = model, reductions
+
+    def forward(self, images):
+        """Images (B, 3, H, W) → logits (B, classes)."""
+        model, prefix = self.model, self.model.num_prefix_tokens
+        x, _ = model.embed(images)
+        sizes = x.new_ones(x.shape[0], x.shape[1] - prefix)
+        for block, r in zip(model.blocks, self.reductions):
+            keys = block.attn.project(block.norm1(x))[1].mean(dim=1)                   # (B, P + N, D)
+            x, _ = block.attend(x, attn_mask=size_bias(sizes, prefix, x.dtype))
+            tokens, sizes = merge_pairs(x[:, prefix:], keys[:, prefix:], sizes, r)
+            x = block.feed_forward(torch.cat([x[:, :prefix], tokens], dim=1))
+        return model.forward_head(model.norm(x))
+
+
+def merge_pairs(tokens, keys, sizes, r):
+    """Bipartite soft matching (§3): the r tokens at even places that are most similar to one at an odd place join it.
+
+    Args:
+        tokens: (B, N, C).
+        keys: (B, N, D), whose cosines are the similarities.
+        sizes: (B, N), how many patches each token stands for.
+    Returns:
+        tokens (B, N − r, C) and sizes (B, N − r).
+    """
+    keys = F.normalize(keys, dim=-1)
+    best, target = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=-1)          # (B, N / 2) each
+    order = best.argsort(dim=1, descending=True)
+    merged, kept = order[:, :r], order[:, r:]
+
+    def rows(values, idx):
+        return values.gather(1, idx.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+    weighted = torch.cat([tokens * sizes.unsqueeze(-1), sizes.unsqueeze(-1)], dim=-1)  # sums, and their weights
+    even, odd = weighted[:, ::2], weighted[:, 1::2]
+    idx = target.gather(1, merged).unsqueeze(-1).expand(-1, -1, weighted.shape[-1])
+    odd = odd.scatter_add(1, idx, rows(even, merged))
+    result = torch.cat([rows(even, kept), odd], dim=1)
+    return result[..., :-1] / result[..., -1:], result[..., -1]
+
+
+def reductions_of(model, gmacs, input_size):
+    """As many merges in each block, give or take one, as make at most so many GMACs."""
+    depth = len(model.blocks)
+    for total in range(2 * model.patch_embed.num_patches):        # a block merges at most half of its tokens
+        reductions = [total * (i + 1) // depth - total * i // depth for i in range(depth)]
+        if macs(TokenMerging(model, reductions), input_size) <= gmacs:
+            return reductions
+    raise ValueError(f'no schedule has {gmacs} GMACs')
+
+
+def main():
+    args = program.parse_args(sys.argv[1:])
+    device = torch.device(args.device)
+    loader = program.build_loaders(args, device)[1]
+    model = program.build_model(args, len(loader.dataset.classes))
+    load_weights(model, load_checkpoint(args.resume)['model'], args.resume)
+    model = with_way(model.to(device).eval(), 'merge')
+    for rate in args.keep_rates:
+        gmacs = macs(model, args.input_size, rate)
+        merging = TokenMerging(model, reductions_of(model, gmacs, args.input_size))
+        print(f'keep rate {rate}: {gmacs:.4f} GMACs; Token Merging {merging.reductions}: '
+              f'{macs(merging, args.input_size):.4f} GMACs', flush=True)
+        evaluate(merging, loader, device=device, amp_dtype=choose_amp_dtype(args.amp_dtype, device),
+                 print_freq=args.print_freq)
+
+
+if __name__ == '__main__':
+    main()
