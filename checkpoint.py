@@ -237,7 +237,7 @@ def load_run(source, settings, evaluates_only):
     if isinstance(trained, argparse.Namespace):        # of the original code, whose lr is the scaled one
         trained = {name: value for name, value in vars(trained).items() if name != 'lr'}
     model = ('model', 'pretrained', 'input_size', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'merge_token',
-             'drop_loc')
+             'drop_loc', 'keep_schedule')
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
                 'weight_decay')
     for name in () if evaluates_only else ('opt', 'sched'):

@@ -1,4 +1,4 @@
-"""Accuracy against speed of one set of weights, at several keep rates and ways to treat the tokens that are not kept."""
+"""Accuracy against speed of one set of weights, at several keep rates and ways to treat the tokens not kept."""
 import copy
 import csv
 import dataclasses
@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmark import Protocol, Throughput, macs, measured_pass, stopwatch, time_in_turn
-from distributed import all_reduce, broadcast_object, log, rank, share_buffers
+from distributed import all_reduce, broadcast_object, log, rank, share_buffers, world_size
 from logger import Progress
 from models_evit import to_evit
 from utils import InputError, atomic_write, autocast, eval_mode
@@ -65,15 +65,18 @@ class Evaluation:
         model: an EViT on the device; it is not changed.
         rows: [Row].
         file: Path of the state, JSON. Rows that are complete in it are not evaluated again, the others continue.
-        settings: dict of what the sums depend on.
+        settings: dict of what the sums depend on, beside the weights and the number of processes.
+        sharded: each process has its share of the images, as in `engine.evaluate`.
         neighbours: `knn.Neighbours` to classify by instead of the head, or None.
     Raises:
         InputError: the file has other settings.
     """
 
-    def __init__(self, model, rows, file, settings, device, amp_dtype, neighbours=None):
+    def __init__(self, model, rows, file, settings, device, amp_dtype, sharded=False, neighbours=None):
         self.models = {way: with_way(model, way) for way in WAYS} | {FULL: model}
-        self.rows, self.file, self.settings = rows, file, settings
+        self.rows, self.file, self.sharded = rows, file, sharded
+        weights = sum(parameter.double().abs().sum() for parameter in model.parameters()).item()
+        self.settings = settings | {'weights': weights, 'processes': world_size() if sharded else 1}
         self.device, self.amp_dtype, self.neighbours = device, amp_dtype, neighbours
         self.restore()
 
@@ -100,8 +103,8 @@ class Evaluation:
                 temporary.write_text(json.dumps({'settings': self.settings, 'rows': rows}))
 
     @torch.no_grad()
-    def run(self, loader, sharded=False, print_freq=50):
-        """Evaluate the rows that are not complete; `loader`, `sharded`: as in `engine.evaluate`."""
+    def run(self, loader, print_freq=50):
+        """Evaluate the rows that are not complete; `loader` as in `engine.evaluate`, with an `EvalSampler`."""
         rows = [row for row in self.rows if not row.complete]
         if not rows:
             return
@@ -111,7 +114,7 @@ class Evaluation:
         progress = Progress('Curve:', num_batches, print_freq, self.device)
         progress.step = progress.start_step = start
         totals = torch.zeros(len(rows), len(SUMS), dtype=torch.float64, device=self.device)
-        if sharded:
+        if self.sharded:
             share_buffers(self.models[FULL])
         with eval_mode(*self.models.values()):
             for images, labels in loader:
@@ -120,8 +123,8 @@ class Evaluation:
                     sums += count(full if row.way == FULL else self.classify(images, row.way, row.rate), labels, full)
                 progress.add_batch(F.cross_entropy(full, labels), len(images))
                 if progress.step % BATCHES_PER_SAVE == 0 and progress.step <= common_batches:
-                    self.add(rows, totals, progress.step, sharded)
-        self.add(rows, totals, num_batches, sharded, complete=True)
+                    self.add(rows, totals, progress.step)
+        self.add(rows, totals, num_batches, complete=True)
 
     def classify(self, images, way, rate):
         """Images (B, 3, H, W) → logits (B, classes), of the head or of the neighbours."""
@@ -131,9 +134,9 @@ class Evaluation:
             features = self.models[way].forward_features(images, rate)[:, 0]
         return self.neighbours.vote(features, way, rate)
 
-    def add(self, rows, totals, batches, sharded, complete=False):
+    def add(self, rows, totals, batches, complete=False):
         """Move the totals of the processes to the rows, and write the file."""
-        for row, sums in zip(rows, (all_reduce(totals) if sharded else totals).tolist()):
+        for row, sums in zip(rows, (all_reduce(totals) if self.sharded else totals).tolist()):
             row.sums = [one + other for one, other in zip(row.sums, sums)]
             row.batches, row.complete = batches, complete
         totals.zero_()
@@ -159,7 +162,8 @@ def plan_rows(rates, ways):
 def with_way(model, way):
     """A copy of an EViT that treats the tokens that are not kept in another way; it shares the parameters."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return to_evit(copy.deepcopy(model, shared), model.base_keep_rate, model.drop_loc, **WAYS[way])
+    twin = copy.deepcopy(model, shared)
+    return to_evit(twin, model.base_keep_rate, model.drop_loc, uniform=model.uniform, **WAYS[way])
 
 
 def count(scores, labels, full):
@@ -177,19 +181,19 @@ def draw_curve(model, loader, rates, ways, folder, settings, *, device, amp_dtyp
 
     Args:
         model: an EViT on the device.
-        loader: of the validation images, whose sampler is an `EvalSampler`.
+        loader: of the validation images.
         rates, ways: keep rates, and names of WAYS.
         folder: Path for curve.csv, curve.png and the state curve.json; it exists.
-        settings, device, amp_dtype, neighbours: as in `Evaluation`.
+        settings, device, amp_dtype, sharded, neighbours: as in `Evaluation`.
         input_size, batch_size: of the measurement of speed.
-        sharded, print_freq: as in `engine.evaluate`.
         loader_train: for the bank of the neighbours.
     """
-    evaluation = Evaluation(model, plan_rows(rates, ways), folder / 'curve.json', settings, device, amp_dtype, neighbours)
+    evaluation = Evaluation(model, plan_rows(rates, ways), folder / 'curve.json', settings, device, amp_dtype, sharded,
+                            neighbours)
     if neighbours and not all(row.complete for row in evaluation.rows):
         neighbours.fill(evaluation.models, [(row.way, row.rate) for row in evaluation.rows], loader_train,
                         len(loader.dataset.classes), device, amp_dtype, print_freq)
-    evaluation.run(loader, sharded, print_freq)
+    evaluation.run(loader, print_freq)
     log('Measuring the throughput of each row')
     evaluation.measure_speed(input_size, batch_size)
     rows = evaluation.rows
@@ -206,8 +210,8 @@ def format_table(rows):
     """Rows → lines of text."""
     yield ' way   rate   GMACs  images/s  ratio  top-1, %  top-5, %    loss  same class as full, %'
     for row in map(Row.columns, rows):
-        yield (f'{row["way"]:>5} {row["rate"]:5g} {row["gmacs"]:7.3f} {row["images_per_second"]:9.1f} {row["ratio"]:6.3f} '
-               f'{row["top1"]:9.2f} {row["top5"]:9.2f} {row["loss"]:7.3f} {row["same"]:22.2f}')
+        yield (f'{row["way"]:>5} {row["rate"]:5g} {row["gmacs"]:7.3f} {row["images_per_second"]:9.1f} '
+               f'{row["ratio"]:6.3f} {row["top1"]:9.2f} {row["top5"]:9.2f} {row["loss"]:7.3f} {row["same"]:22.2f}')
 
 
 def write_files(folder, rows, title):

@@ -75,6 +75,6 @@ class Neighbours:
 
     def vote(self, features, way, rate):
         """Features (B, C) of images → logits (B, classes): log shares of the neighbours' votes, at least log 1e-8."""
-        votes = nearest_votes(F.normalize(features.float(), dim=1), self.banks[self.key(way, rate)], self.labels, self.k,
-                              self.num_classes)
+        queries, bank = F.normalize(features.float(), dim=1), self.banks[self.key(way, rate)]
+        votes = nearest_votes(queries, bank, self.labels, self.k, self.num_classes)
         return votes.clamp(min=1e-8).log()

@@ -33,7 +33,7 @@ from utils import InputError, allow_fast_kernels, choose_amp_dtype, seed_all
 from visualize_mask import visualize
 
 TOKEN_DEFAULTS = {'base_keep_rate': 0.7, 'fuse_token': False, 'merge_token': False, 'drop_loc': None,
-                  'shrink_start_epoch': 10, 'shrink_epochs': 0}
+                  'keep_schedule': 'stages', 'shrink_start_epoch': 10, 'shrink_epochs': 0}
 DATASET = ('data_set', 'data_path', 'use_lmdb', 'nb_classes', 'inat_category', 'input_size', 'fast_resize',
            'color_jitter', 'aa', 'train_interpolation')
 LOGGED_MASKS = 8
@@ -46,12 +46,13 @@ def get_args_parser():
                             formatter_class=HelpFormatter)
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group('tokens (one of these flags makes an EViT of a model of timm)').add_argument
-    add('--base-keep-rate', type=rate, help='fraction of tokens that a reorganising block keeps (default: of the model, '
-        'or 0.7)')
+    add('--base-keep-rate', type=rate, help='fraction of tokens that a reorganising block keeps (default: of the '
+        'model, or 0.7)')
     add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (default: off)')
     add('--merge-token', action=on_off, help='merge each of them into the most similar kept token (default: off)')
-    add('--drop-loc', type=block_numbers, help='numbers of the blocks that reorganise tokens, from 0 (default: depth/4, '
-        'depth/2, 3·depth/4)')
+    add('--drop-loc', type=block_numbers, help='numbers of the blocks that reorganise tokens, from 0 (default: '
+        'depth/4, depth/2, 3·depth/4)')
+    add('--keep-schedule', choices=['stages', 'uniform'], help='in these blocks (default), or spread over all blocks')
     add('--shrink-start-epoch', type=count, help='epoch in which the keep rate starts to fall from 1 (default: 10)')
     add('--shrink-epochs', type=count, help='epochs in which it falls to the base keep rate (default: 0)')
 
@@ -283,9 +284,11 @@ def build_model(args, num_classes, pretrained=False):
     tokens = None
     if args.base_keep_rate is not None:
         tokens = {name: getattr(args, name) for name in ('base_keep_rate', 'drop_loc', 'fuse_token', 'merge_token')}
-    return create_model(args.model, pretrained=pretrained, new_head=not args.eval or bool(args.knn), input_size=args.input_size,
-                        tokens=tokens, grad_checkpointing=args.grad_checkpointing, model_kwargs=args.model_kwargs,
-                        num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
+        tokens['uniform'] = args.keep_schedule == 'uniform'
+    return create_model(args.model, pretrained=pretrained, new_head=not args.eval or bool(args.knn), tokens=tokens,
+                        input_size=args.input_size, grad_checkpointing=args.grad_checkpointing,
+                        model_kwargs=args.model_kwargs, num_classes=num_classes, drop_rate=args.drop,
+                        drop_path_rate=args.drop_path)
 
 
 def build_criterion(args, num_classes, device):
@@ -364,15 +367,14 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
 
 def evaluate_rates(args, model, loader_val, device, amp_dtype):
     """Draw the curve of accuracy against speed over the keep rates."""
-    folder, processes = make_output_folder(args.output_dir or 'curve'), world_size() if args.dist_eval else 1
+    folder = make_output_folder(args.output_dir or 'curve')
     settings = {name: getattr(args, name) for name in ('model', 'data_set', 'data_path', 'input_size', 'drop_loc',
-                                                       'batch_size', 'amp_dtype', 'knn', 'knn_bank')}
-    settings |= {'weights': sum(p.double().abs().sum() for p in model.parameters()).item(), 'processes': processes}
+                                                       'keep_schedule', 'batch_size', 'amp_dtype', 'knn', 'knn_bank')}
     neighbours = loader_train = None
     if args.knn:
         neighbours = Neighbours(args.knn, args.knn_bank == 'own')
-        options = {name: getattr(args, name) for name in DATASET} | {'preprocessing': loader_val.preprocessing}
-        dataset = build_dataset(True, augment=False, **options)
+        dataset = build_dataset(True, augment=False, preprocessing=loader_val.preprocessing,
+                                **{name: getattr(args, name) for name in DATASET})
         loader_train = build_loader(dataset, EvalSampler(dataset, world_size(), rank()), loader_val.batch_size, device,
                                     args.num_workers, preprocessing=loader_val.preprocessing)
     draw_curve(model, loader_val, args.keep_rates, args.token_ways or [way_of(model)], folder, settings, device=device,

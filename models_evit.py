@@ -20,7 +20,6 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import Mlp, resample_abs_pos_embed
 from timm.models import (build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model)
 from timm.models._features import feature_take_indices
@@ -30,7 +29,8 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer, 
 
 from token_reorganization import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock,
                                   EViTEvaBlockPostNorm, EViTRopeAttention, InplaceGELU, num_kept, patches_after,
-                                  patches_per_token, place_tokens, rope_rows)
+                                  patches_per_token, place_tokens, rope_rows, uniform_rate,
+                                  weigh_by_size)
 from token_reorganization import class_attention, reorganize_tokens        # noqa: F401, for code that imports them here
 
 
@@ -41,12 +41,13 @@ class TokenReorganization:
     by average, a fused token counts as many patches as it stands for.
 
     Args:
-        base_keep_rate, drop_loc, fuse_token, merge_token: as in `to_evit`; all others are timm's.
+        base_keep_rate, drop_loc, fuse_token, merge_token, uniform: as in `to_evit`; all others are timm's.
     """
 
-    def __init__(self, *args, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False, **kwargs):
+    def __init__(self, *args, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False, uniform=False,
+                 **kwargs):
         super().__init__(*args, **kwargs)
-        to_evit(self, base_keep_rate, drop_loc, fuse_token, merge_token)
+        to_evit(self, base_keep_rate, drop_loc, fuse_token, merge_token, uniform)
 
     def forward(self, x, keep_rate=None, tokens=None, get_idx=False):
         """Classify images.
@@ -54,7 +55,7 @@ class TokenReorganization:
         Args:
             x: images (B, 3, H, W).
             keep_rate: None for each block's own rate; a number for the `drop_loc` blocks (1 or more keeps all
-                tokens); or a sequence with a rate for each of the `depth` blocks.
+                tokens; `uniform` spreads it); or a sequence with a rate for each of the `depth` blocks.
             tokens: how many tokens each of the `depth` blocks keeps, None for all (see `token_counts`), instead of a
                 rate. A compiled model needs one graph for all integers, but a graph for each rate.
             get_idx: also return the kept positions.
@@ -111,23 +112,14 @@ class TokenReorganization:
         return checkpoint(block, x) if self.grad_checkpointing else block(x)
 
     def weigh_tokens(self, x, kept, sizes, num_patches):
-        """Scale tokens (B, P + n, C) so that a mean over the patches' tokens weighs each by its number of patches.
+        """Weigh tokens (B, P + n, C) by their patches, if the head pools by average ('avg') and not all are one patch.
 
-        A token begins as one patch, and a fused token stands for all patches of the tokens fused (`patches_per_token`).
-        Does nothing unless the head pools by average ('avg') and tokens were fused or merged; `kept` and `sizes` are
-        those of `run_blocks`.
+        `kept` and `sizes` are those of `run_blocks`.
         """
         if not (kept and (self.fuse_token or self.merge_token) and self.global_pool == 'avg'):
             return x
-        prefix, tokens = x.tensor_split([self.num_prefix_tokens], dim=1)
-        sizes = patches_per_token(kept, num_patches) if sizes is None else sizes       # (B, n)
-        sizes = sizes.to(torch.promote_types(x.dtype, torch.float32))
-        if getattr(self, 'pool_include_prefix', False):
-            share = x.shape[1] / (num_patches + self.num_prefix_tokens)
-            prefix = prefix * share
-        else:
-            share = tokens.shape[1] / num_patches
-        return torch.cat([prefix, tokens * (sizes * share).to(x.dtype).unsqueeze(-1)], dim=1)
+        sizes = patches_per_token(kept, num_patches) if sizes is None else sizes
+        return weigh_by_size(x, sizes, num_patches, getattr(self, 'pool_include_prefix', False))
 
     def forward_intermediates(self, x, indices=None, return_prefix_tokens=False, norm=False, stop_early=False,
                               output_fmt='NCHW', intermediates_only=False, output_dict=False, attn_mask=None,
@@ -174,7 +166,11 @@ class TokenReorganization:
         if keep_rate is None:
             return [block.keep_rate for block in self.blocks]
         if not hasattr(keep_rate, '__len__'):
-            keep_rate = [keep_rate if i in self.drop_loc else 1. for i in range(len(self.blocks))]
+            depth = len(self.blocks)
+            if self.uniform and 0 < keep_rate < 1:
+                keep_rate = depth * [uniform_rate(depth, self.drop_loc, keep_rate)]
+            else:
+                keep_rate = [keep_rate if i in self.drop_loc else 1. for i in range(depth)]
         if len(keep_rate) != len(self.blocks) or not all(rate > 0 for rate in keep_rate):
             raise ValueError(f'keep_rate must be above 0, one number or one for each of {len(self.blocks)} blocks')
         return keep_rate
@@ -262,7 +258,7 @@ UNSERVED = {
 }
 
 
-def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False):
+def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False, uniform=False):
     """Turn a vision transformer of timm into an EViT, in place: its parameters and their names stay.
 
     timm's methods go on to work, `from_evit` turns it back. A call on an EViT sets its settings anew.
@@ -275,6 +271,7 @@ def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_to
         fuse_token: fuse the other tokens into one instead of dropping them.
         merge_token: merge each of them into the kept token that it is most similar to (`merge_into_nearest`), which
             from then on counts for all that it stands for (`size_bias`); for weights that were trained with all tokens.
+        uniform: reorganise in every block, at the rate that leaves as many tokens over all blocks (`uniform_rate`).
     Returns:
         the model.
     Raises:
@@ -293,9 +290,8 @@ def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_to
     if fuse_token and merge_token:
         raise ValueError('tokens are either fused (fuse_token) or merged (merge_token)')
     swap_classes(model, EVIT_CLASSES)
-    model.base_keep_rate, model.drop_loc = base_keep_rate, drop_loc
-    for i, block in enumerate(model.blocks):
-        block.keep_rate = base_keep_rate if i in drop_loc else 1.
+    model.base_keep_rate, model.drop_loc, model.uniform = base_keep_rate, drop_loc, uniform
+    for block, block.keep_rate in zip(model.blocks, model.block_keep_rates(base_keep_rate)):
         block.num_prefix_tokens = model.num_prefix_tokens
     for module in (model, *model.blocks):
         module.fuse_token, module.merge_token = fuse_token, merge_token
@@ -308,7 +304,7 @@ def from_evit(model):
         raise ValueError(f'{type(model).__name__} is no EViT')
     swap_classes(model, TIMM_CLASSES)
     for module in (model, *model.blocks):
-        for name in ('base_keep_rate', 'drop_loc', 'keep_rate', 'fuse_token', 'merge_token'):
+        for name in ('base_keep_rate', 'drop_loc', 'uniform', 'keep_rate', 'fuse_token', 'merge_token'):
             vars(module).pop(name, None)
     for block in model.blocks:
         vars(block).pop('num_prefix_tokens', None)

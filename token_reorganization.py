@@ -2,7 +2,9 @@
 
 The pure functions come first; the attention and the blocks of timm that use them follow.
 """
+import itertools
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,20 @@ from timm.models.vision_transformer import Attention, Block
 def num_kept(num_tokens, keep_rate):
     """How many of `num_tokens` tokens a block of rate `keep_rate` keeps: k = ceil(rate · N), at most N (§3.2)."""
     return num_tokens if keep_rate >= 1 else math.ceil(keep_rate * num_tokens)
+
+
+def uniform_rate(depth, drop_loc, keep_rate):
+    """The rate that, in every block, leaves as many tokens over all blocks as `keep_rate` in the `drop_loc` blocks."""
+    def tokens_per_patch(rate, blocks):
+        shares = itertools.accumulate((rate if i in blocks else 1. for i in range(depth)), operator.mul)
+        return sum(shares)
+
+    target = tokens_per_patch(keep_rate, drop_loc)
+    low, high = 0., 1.
+    for _ in range(50):
+        rate = (low + high) / 2
+        low, high = (rate, high) if tokens_per_patch(rate, range(depth)) < target else (low, rate)
+    return high
 
 
 def reorganize_tokens(tokens, scores, k, fuse=False):
@@ -155,8 +171,28 @@ def patches_per_token(kept, num_patches):
     return sizes
 
 
+def weigh_by_size(x, sizes, num_patches, include_prefix=False):
+    """Scale tokens so that their plain mean is the mean over the patches that they stand for.
+
+    Args:
+        x: (B, P + n, C), with P prefix tokens.
+        sizes: (B, n), how many patches each of the others stands for; `num_patches` in all.
+        include_prefix: whether the prefix tokens are part of the mean, as one patch each.
+    """
+    prefix, tokens = x.tensor_split([x.shape[1] - sizes.shape[1]], dim=1)
+    share = tokens.shape[1] / num_patches
+    if include_prefix:
+        share = x.shape[1] / (num_patches + prefix.shape[1])
+        prefix = prefix * share
+    weights = (sizes.to(torch.promote_types(x.dtype, torch.float32)) * share).to(x.dtype)
+    return torch.cat([prefix, tokens * weights.unsqueeze(-1)], dim=1)
+
+
 def place_tokens(tokens, patches, grid):
-    """Put tokens (B, n, C) in their places on a grid (B, N, C); a fused token has none. `patches`: (B, n or more), the patch of each."""
+    """Put tokens (B, n, C) in their places on a grid (B, N, C), given the patch of each (B, n or more).
+
+    A fused token, of patch N, has no place.
+    """
     idx = patches[:, :tokens.shape[1], None].expand_as(tokens)                         # (B, n, C)
     return F.pad(grid, (0, 0, 0, 1)).scatter(1, idx, tokens)[:, :-1]
 

@@ -9,8 +9,8 @@ import torch
 
 
 class Token:
-    """A vector (C,), the patch that it began as (None: a prefix token or a fused one), and how many patches it counts as
-    in the attention and in an average."""
+    """A vector (C,), the patch that it began as (None: a prefix token or a fused one), and how many patches it counts
+    as in the attention and in an average."""
 
     def __init__(self, vector, patch=None, size=1, counted=1):
         self.vector, self.patch, self.size, self.counted = vector, patch, size, counted

@@ -410,7 +410,8 @@ def test_pictures_by_one_and_two_processes(image_folder, digits_run, tmp_path):
 def test_precision_of_pictures(digits_run, tmp_path, monkeypatch):
     precise = []
     for name in 'save_masked', 'draw_sheets':
-        monkeypatch.setattr(visualize_mask, name, lambda *_, **__: precise.append(torch.is_autocast_enabled('cpu')) or [])
+        monkeypatch.setattr(visualize_mask, name,
+                            lambda *_, **__: precise.append(torch.is_autocast_enabled('cpu')) or [])
     main.main(parse_args([*PLAIN, '--output_dir', str(tmp_path), '--resume', str(digits_run[1] / 'checkpoint.pth'),
                           '--visualize_mask', '--n_visualization', '2', '--amp-dtype', 'bfloat16']))
     assert precise == [True, True]

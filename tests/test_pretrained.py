@@ -120,7 +120,8 @@ def test_pretrained_trained_and_visualized(hub, tmp_path, capsys, monkeypatch):
                        digits[0][0].expand_as(pictures[0][0])[kept].float())
 
 
-@pytest.mark.parametrize('option, named', [('depth=8', 'blocks.6.'), ('qk_norm=True', 'q_norm'), ('global_pool=', 'pool')])
+@pytest.mark.parametrize('option, named', [('depth=8', 'blocks.6.'), ('qk_norm=True', 'q_norm'),
+                                           ('global_pool=', 'pool')])
 def test_pretrained_weights_that_do_not_fit(hub, option, named, capsys):
     """Also where the head is new, no part of the model is left with random weights."""
     args = parse_args(['--model', 'test_vit', '--pretrained', '--fuse-token', '--model-kwargs', option])

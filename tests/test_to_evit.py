@@ -265,6 +265,21 @@ def test_blocks_by_default(depth, drop_loc):
     assert to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=depth)).drop_loc == drop_loc
 
 
+@pytest.mark.parametrize('way', ['drop', 'fuse', 'merge'])
+def test_uniform_schedule(way):
+    """In every block, with as many tokens over all blocks, up to rounding; equal to a list of rates."""
+    model = VisionTransformer(img_size=64, patch_size=4, embed_dim=12, num_heads=2, depth=8).eval()
+    model, images = to_evit(model, 0.7, None, way == 'fuse', way == 'merge', uniform=True), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits, kept = model(images, get_idx=True)
+        rate = model.block_keep_rates(0.7)[0]
+        assert len(kept) == 8 and torch.equal(model(images, keep_rate=8 * [rate]), logits)
+    uniform = sum(model.token_counts())
+    stages = sum([256, 256, 180, 180, 126, 126, 89, 89])                # ceil(0.7 · 256), and so on
+    assert uniform == pytest.approx(stages, rel=0.03 if way == 'fuse' else 0.01)
+    assert model.token_counts(1) == 8 * (None,)
+
+
 def test_from_evit_of_another_model():
     for model in (torch.nn.Linear(1, 1), VisionTransformer(embed_dim=12, num_heads=2, depth=1)):
         with pytest.raises(ValueError, match='is no EViT'):
