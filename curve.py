@@ -11,10 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmark import Protocol, Throughput, macs, measured_pass, stopwatch, time_in_turn
-from distributed import all_reduce, broadcast_object, log, rank, share_buffers, world_size
+from distributed import all_reduce, broadcast_object, log, rank, world_size
 from logger import Progress
 from models_evit import to_evit
-from utils import InputError, atomic_write, autocast, eval_mode
+from utils import InputError, atomic_write, autocast
 
 WAYS = {'drop': {}, 'fuse': {'fuse_token': True}, 'merge': {'merge_token': True}}
 FULL = 'full'                                          # the way of the row at rate 1
@@ -73,7 +73,8 @@ class Evaluation:
     """
 
     def __init__(self, model, rows, file, settings, device, amp_dtype, sharded=False, neighbours=None):
-        self.models = {way: with_way(model, way) for way in WAYS} | {FULL: model}
+        self.models = {way: with_way(model, way).eval() for way in WAYS}
+        self.models[FULL] = self.models[way_of(model)]
         self.rows, self.file, self.sharded = rows, file, sharded
         weights = sum(parameter.double().abs().sum() for parameter in model.parameters()).item()
         self.settings = settings | {'weights': weights, 'processes': world_size() if sharded else 1}
@@ -114,16 +115,13 @@ class Evaluation:
         progress = Progress('Curve:', num_batches, print_freq, self.device)
         progress.step = progress.start_step = start
         totals = torch.zeros(len(rows), len(SUMS), dtype=torch.float64, device=self.device)
-        if self.sharded:
-            share_buffers(self.models[FULL])
-        with eval_mode(*self.models.values()):
-            for images, labels in loader:
-                full = self.classify(images, FULL, 1.)
-                for row, sums in zip(rows, totals):
-                    sums += count(full if row.way == FULL else self.classify(images, row.way, row.rate), labels, full)
-                progress.add_batch(F.cross_entropy(full, labels), len(images))
-                if progress.step % BATCHES_PER_SAVE == 0 and progress.step <= common_batches:
-                    self.add(rows, totals, progress.step)
+        for images, labels in loader:
+            full = self.classify(images, FULL, 1.)
+            for row, sums in zip(rows, totals):
+                sums += count(full if row.way == FULL else self.classify(images, row.way, row.rate), labels, full)
+            progress.add_batch(F.cross_entropy(full, labels), len(images))
+            if progress.step % BATCHES_PER_SAVE == 0 and progress.step <= common_batches:
+                self.add(rows, totals, progress.step)
         self.add(rows, totals, num_batches, complete=True)
 
     def classify(self, images, way, rate):
@@ -142,13 +140,12 @@ class Evaluation:
         totals.zero_()
         self.save()
 
-    def measure_speed(self, input_size, batch_size, windows=5, window_seconds=1.):
+    def measure_speed(self, input_size, batch_size, windows=5, window_seconds=0.5):
         """Add GMACs, images/s with windows in turn, and its ratio to the first row."""
         protocols = [Protocol(input_size, batch_size, self.device, self.amp_dtype, row.rate, windows, window_seconds)
                      for row in self.rows]
-        with eval_mode(*self.models.values()):
-            speeds = time_in_turn([stopwatch(measured_pass(self.models[row.way], protocol), protocol)
-                                   for row, protocol in zip(self.rows, protocols)], protocols)
+        speeds = time_in_turn([stopwatch(measured_pass(self.models[row.way], protocol), protocol)
+                               for row, protocol in zip(self.rows, protocols)], protocols)
         for row, speed in zip(self.rows, speeds):
             row.speed, row.ratio = speed, speed.ratio_to(speeds[0])
             row.gmacs = macs(self.models[row.way], input_size, row.rate)
@@ -236,7 +233,7 @@ def plot(path, rows, title):
         line = [points[0], *(point for point in points if point['way'] == way)]
         if len(line) > 1:
             axes.plot([point['ratio'] for point in line], [point['top1'] for point in line], marker + '-', label=way)
-            for point in line:
+            for point in line[1:]:
                 axes.annotate(f'{point["rate"]:g}', (point['ratio'], point['top1']), (4, 4), fontsize=8,
                               textcoords='offset points')
     axes.set(xlabel='images/s over those at keep rate 1', ylabel='top-1 accuracy, %')

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from distributed import all_reduce, rank, world_size
 from logger import Progress
-from utils import autocast, eval_mode
+from utils import autocast
 
 TEMPERATURE = 0.07                                     # of the votes' weights, as in the protocol of DINO (ICCV 2021)
 CHUNK = 2 ** 16                                        # features of the bank that are compared at once
@@ -51,25 +51,25 @@ class Neighbours:
         """Compute the features.
 
         Args:
-            models: {way: EViT}.
+            models: {way: EViT}, in eval mode.
             rows: [(way, rate)] that will be classified.
             loader: of the training images, without augmentation; each process has its share of them (`EvalSampler`).
         """
         self.num_classes, size = num_classes, len(loader.dataset)
         self.labels = torch.zeros(size, dtype=torch.int64, device=device)
         progress = Progress('Bank:', len(loader), print_freq, device)
-        with eval_mode(*models.values()):
-            start = rank()
-            for images, labels in loader:
-                stop = start + world_size() * len(images)
-                self.labels[start:stop:world_size()] = labels
-                for way, rate in {self.key(*row) for row in rows}:
-                    with autocast(device, amp_dtype):
-                        features = models[way].forward_features(images, rate)[:, 0]    # (B, C)
-                    bank = self.banks.setdefault((way, rate), torch.zeros(size, features.shape[1], device=device))
-                    bank[start:stop:world_size()] = F.normalize(features.float(), dim=1)
-                progress.add_batch(torch.zeros((), device=device), len(images))
-                start = stop
+        start = rank()
+        for images, labels in loader:
+            stop = start + world_size() * len(images)
+            self.labels[start:stop:world_size()] = labels
+            for way, rate in {self.key(*row) for row in rows}:
+                with autocast(device, amp_dtype):
+                    features = models[way].forward_features(images, rate)[:, 0]        # (B, C)
+                if (way, rate) not in self.banks:
+                    self.banks[way, rate] = torch.zeros(size, features.shape[1], device=device)
+                self.banks[way, rate][start:stop:world_size()] = F.normalize(features.float(), dim=1)
+            progress.add_batch(torch.zeros((), device=device), len(images))
+            start = stop
         for tensor in (self.labels, *self.banks.values()):
             all_reduce(tensor)                         # the others' rows are zero
 
