@@ -21,7 +21,7 @@ from visualize_mask import draw_sheets
 
 # What the flags set in an optimizer, and what the scheduler of --sched plateau has found out
 HYPERPARAMETERS = {'lr', 'initial_lr', 'max_lr_snapshot', 'weight_decay', 'betas', 'beta1', 'betas_1d', 'eps',
-                   'momentum'}
+                   'momentum', 'fused'}
 PLATEAU_STATE = {'best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch', '_last_lr'}
 
 
@@ -240,9 +240,9 @@ class Trainer:
         plateau = isinstance(self.lr_scheduler, PlateauLRScheduler)
         names = HYPERPARAMETERS - {'lr', 'initial_lr'} if plateau else HYPERPARAMETERS
         settings = [{name: group[name] for name in names & group.keys()} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(optimizer)
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        # Before loading, because a fused optimizer keeps its step counts elsewhere; older checkpoints have no `fused`
+        groups = [group | own for group, own in zip(optimizer['param_groups'], settings, strict=True)]
+        self.optimizer.load_state_dict(optimizer | {'param_groups': groups})
         if plateau:
             found = scheduler.get('inner', scheduler)
             self.lr_scheduler.lr_scheduler.load_state_dict({name: found[name] for name in PLATEAU_STATE & found.keys()})

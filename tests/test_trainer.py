@@ -132,6 +132,21 @@ def test_resume_with_other_hyperparameters(sched, capsys):
         assert groups(resumed) == groups(own)
 
 
+def test_resume_in_float16_from_a_checkpoint_of_the_original():
+    """Its optimizer was not fused; `GradScaler.step` takes the fused one's word that it unscales by itself."""
+    training = build_trainer(parse_args(PLAIN))
+    saved = training.optimizer.state_dict()
+    for group in saved['param_groups']:
+        group.pop('fused')
+    training.load_optimizer(saved, training.lr_scheduler.state_dict())
+    assert all(group['fused'] for group in training.optimizer.param_groups)
+    scaler = torch.amp.GradScaler('cpu')
+    scaler.scale(training.model(torch.randn(2, 3, 32, 32)).sum()).backward()
+    before = training.model.head.bias.clone()
+    scaler.step(training.optimizer)
+    assert not torch.equal(training.model.head.bias, before)
+
+
 def test_resume_with_a_plateau_schedule():
     def training(*flags):
         args = parse_args([*PLAIN, '--sched', 'plateau', '--warmup-lr', '1e-3', *flags])
