@@ -83,15 +83,21 @@ class Evaluation:
 
     def restore(self):
         """Take over the sums of the file."""
-        state = broadcast_object(json.loads(self.file.read_text()) if rank() == 0 and self.file.exists() else None)
-        if not state:
+        self.others = []                               # rows of the file that this run does not name
+        text = broadcast_object(self.file.read_bytes() if rank() == 0 and self.file.is_file() else None)
+        if text is None:
             return
+        try:
+            state = json.loads(text)
+            found, stored = state['settings'], {(row['way'], row['rate']): Row(**row) for row in state['rows']}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f'{self.file} is damaged; remove it to begin anew') from None
         for name, value in self.settings.items():
-            if state['settings'].get(name) != json.loads(json.dumps(value)):
-                raise InputError(f'{self.file} is of {name} {state["settings"].get(name)}, this run has {value}; give '
-                                 'another --output-dir')
-        stored = {(row['way'], row['rate']): row for row in state['rows']}
-        self.rows[:] = [Row(**stored.get((row.way, row.rate), {'way': row.way, 'rate': row.rate})) for row in self.rows]
+            if found.get(name) != json.loads(json.dumps(value)):
+                raise InputError(f'{self.file} is of {name} {found.get(name)}, this run has {value}; give another '
+                                 '--output-dir')
+        self.rows[:] = [stored.pop((row.way, row.rate), row) for row in self.rows]
+        self.others = [row for row in stored.values() if row.complete]
         open_rows = [row for row in self.rows if not row.complete]
         if len({row.batches for row in open_rows}) > 1:                    # a new row, which has to begin at the start
             self.rows[:] = [row if row.complete else Row(row.way, row.rate) for row in self.rows]
@@ -99,7 +105,7 @@ class Evaluation:
     def save(self):
         if rank() == 0:
             names = 'way', 'rate', 'batches', 'complete', 'sums'
-            rows = [{name: getattr(row, name) for name in names} for row in self.rows]
+            rows = [{name: getattr(row, name) for name in names} for row in self.rows + self.others]
             with atomic_write(self.file) as temporary:
                 temporary.write_text(json.dumps({'settings': self.settings, 'rows': rows}))
 
@@ -153,7 +159,7 @@ class Evaluation:
 
 def plan_rows(rates, ways):
     """The row at rate 1, then each other rate in each way."""
-    return [Row(FULL, 1.), *(Row(way, rate) for way in ways for rate in sorted(set(rates) - {1.}, reverse=True))]
+    return [Row(FULL, 1.), *(Row(way, rate) for way in dict.fromkeys(ways) for rate in sorted(set(rates) - {1.}, reverse=True))]
 
 
 def with_way(model, way):

@@ -13,7 +13,7 @@ CHUNK = 2 ** 16                                        # features of the bank th
 def nearest_votes(queries, bank, labels, k, num_classes):
     """The shares of the classes in the votes of the k most similar features (cosine), with weights exp(cosine / 0.07).
 
-    The search is exact; the bank is compared in chunks.
+    The search is exact, up to the rounding of matrix products; the bank is compared in chunks.
 
     Args:
         queries: (B, C), normalised.
@@ -57,17 +57,17 @@ class Neighbours:
         """
         self.num_classes, size = num_classes, len(loader.dataset)
         self.labels = torch.zeros(size, dtype=torch.int64, device=device)
+        keys = dict.fromkeys(self.key(*row) for row in rows)               # in the same order in all processes
+        self.banks = {key: torch.zeros(size, models[key[0]].embed_dim, device=device) for key in keys}
         progress = Progress('Bank:', len(loader), print_freq, device)
         start = rank()
         for images, labels in loader:
             stop = start + world_size() * len(images)
             self.labels[start:stop:world_size()] = labels
-            for way, rate in {self.key(*row) for row in rows}:
+            for (way, rate), bank in self.banks.items():
                 with autocast(device, amp_dtype):
                     features = models[way].forward_features(images, rate)[:, 0]        # (B, C)
-                if (way, rate) not in self.banks:
-                    self.banks[way, rate] = torch.zeros(size, features.shape[1], device=device)
-                self.banks[way, rate][start:stop:world_size()] = F.normalize(features.float(), dim=1)
+                bank[start:stop:world_size()] = F.normalize(features.float(), dim=1)
             progress.add_batch(torch.zeros((), device=device), len(images))
             start = stop
         for tensor in (self.labels, *self.banks.values()):

@@ -192,15 +192,16 @@ def parse_args(argv, parser=None):
         args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
     input_size, preprocessing = input_of(args)
     defaults = {'input_size': input_size, 'train_interpolation': preprocessing.interpolation}
-    if args.knn and not args.keep_rates:
-        args.keep_rates = [args.base_keep_rate or 1.]
-    if args.model in VARIANTS or args.keep_rates or any(getattr(args, name) is not None for name in TOKEN_DEFAULTS):
+    evit = args.model in VARIANTS or any(getattr(args, name) is not None for name in TOKEN_DEFAULTS)
+    if evit or args.keep_rates or args.knn:
         defaults |= TOKEN_DEFAULTS
     if args.model in VARIANTS:
         defaults |= {'base_keep_rate': VARIANTS[args.model].keep_rate, 'drop_loc': (3, 6, 9)}
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    if args.knn and not args.keep_rates:
+        args.keep_rates = [args.base_keep_rate if evit else 1.]
     for wrong, message in wrong_combinations(args):
         if wrong:
             parser.error(message)
@@ -210,10 +211,6 @@ def parse_args(argv, parser=None):
 def input_of(args):
     """The side of the images in pixels and their `Preprocessing`: those of timm's weights, or DeiT's."""
     return pretrained_input(args.model) if args.pretrained else (224, Preprocessing())
-
-
-def is_evit(args):
-    return args.base_keep_rate is not None
 
 
 def evaluates_only(args):
@@ -236,11 +233,12 @@ def wrong_combinations(args):
         (mixes and args.batch_size % 2 and not evaluates_only(args) and not args.only_test_speed,
          f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
         (args.fuse_token and args.merge_token, '--fuse-token and --merge-token exclude each other'),
-        (args.keep_rates and not args.eval, '--keep-rates and --knn go with --eval'),
+        (args.keep_rates and (not args.eval or args.visualize_mask or args.only_test_speed),
+         '--keep-rates and --knn go with --eval, without another mode'),
         (args.keep_rates and args.compile, '--keep-rates and --knn run eagerly; leave out --compile'),
         (args.token_ways and not args.keep_rates, '--token-ways needs --keep-rates'),
         (args.knn_bank and not args.knn, '--knn-bank needs --knn'),
-        (args.visualize_mask and not is_evit(args),
+        (args.visualize_mask and args.base_keep_rate is None,
          f'--visualize-mask: {args.model} does not reorganise tokens; give a token flag such as --base-keep-rate'),
         (args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1],
          '--cutmix-minmax takes the smaller share first'),
@@ -269,7 +267,7 @@ def build_loaders(args, device):
         return None, loader_val, None
     check_same_classes(dataset_train, dataset_val)
     mask_loader, seeded = None, SeededDataset(dataset_train)
-    if args.log_masks and args.output_dir and is_evit(args) and rank() == 0:
+    if args.log_masks and args.output_dir and args.base_keep_rate is not None and rank() == 0:
         mask_loader = build_loader(spread(dataset_val, LOGGED_MASKS), None, args.batch_size, device,
                                    preprocessing=preprocessing)
     sampler = TrainSampler(dataset_train, world_size(), rank(), args.seed, args.repeated_aug)
@@ -368,13 +366,15 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
 def evaluate_rates(args, model, loader_val, device, amp_dtype):
     """Draw the curve of accuracy against speed over the keep rates."""
     folder = make_output_folder(args.output_dir or 'curve')
-    settings = {name: getattr(args, name) for name in ('model', 'data_set', 'data_path', 'input_size', 'drop_loc',
-                                                       'keep_schedule', 'batch_size', 'amp_dtype', 'knn', 'knn_bank')}
+    settings = {name: getattr(args, name) for name in (*DATASET, 'model', 'model_kwargs', 'pretrained', 'drop_loc',
+                                                       'keep_schedule', 'batch_size', 'knn', 'knn_bank')}
+    settings |= {'precision': str(amp_dtype), 'images': len(loader_val.dataset)}
     neighbours = loader_train = None
     if args.knn:
         neighbours = Neighbours(args.knn, args.knn_bank == 'own')
         dataset = build_dataset(True, augment=False, preprocessing=loader_val.preprocessing,
                                 **{name: getattr(args, name) for name in DATASET})
+        check_same_classes(dataset, loader_val.dataset)
         loader_train = build_loader(dataset, EvalSampler(dataset, world_size(), rank()), loader_val.batch_size, device,
                                     args.num_workers, preprocessing=loader_val.preprocessing)
     draw_curve(model, loader_val, args.keep_rates, args.token_ways or [way_of(model)], folder, settings, device=device,

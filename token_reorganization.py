@@ -34,7 +34,7 @@ def uniform_rate(depth, drop_loc, keep_rate):
     for _ in range(50):
         rate = (low + high) / 2
         low, high = (rate, high) if tokens_per_patch(rate, range(depth)) < target else (low, rate)
-    return high
+    return round(high, 12)                             # without the last bits, which could keep one more token
 
 
 def reorganize_tokens(tokens, scores, k, fuse=False):
@@ -93,7 +93,7 @@ def merge_tokens(tokens, scores, k, sizes=None):
     Returns:
         tokens (B, k, C) and the `Reorganization`.
     """
-    with torch.autocast(tokens.device.type, enabled=False):        # rounded similarities would choose other tokens
+    with torch.autocast(tokens.device.type, enabled=False):        # bfloat16 similarities would choose other tokens
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         sizes = torch.ones_like(scores, dtype=dtype) if sizes is None else sizes
         order = scores.argsort(dim=1, descending=True)                                 # (B, N)

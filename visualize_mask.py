@@ -194,11 +194,13 @@ def merge_images(images, groups, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMA
     """
     inputs = denormalize(images, mean, std).unsqueeze(1)                               # (B, 1, 3, H, W)
     grid_size = groups.shape[-2:]
-    colors = F.adaptive_avg_pool2d(inputs.flatten(0, 1), grid_size).flatten(2).transpose(1, 2).unsqueeze(1)
+    margin = 0, grid_size[1] * patch_size[1] - images.shape[-1], 0, grid_size[0] * patch_size[0] - images.shape[-2]
+    colors, pixels = (F.avg_pool2d(F.pad(pictures, margin), patch_size).flatten(2).transpose(1, 2).unsqueeze(1)
+                      for pictures in (inputs.flatten(0, 1), torch.ones_like(images[:, :1])))     # (B, 1, N, 3 or 1)
     groups = groups.flatten(2)                                                         # (B, stages, N)
     same = (groups.unsqueeze(-1) == groups.unsqueeze(-2)).float()                      # (B, stages, N, N)
     sizes = same.sum(-1, keepdim=True)                                                 # (B, stages, N, 1)
-    colors = (same @ colors / sizes).transpose(2, 3).unflatten(-1, grid_size)          # (B, stages, 3, rows, cols)
+    colors = (same @ colors / (same @ pixels)).transpose(2, 3).unflatten(-1, grid_size)          # (B, stages, 3, rows, cols)
     merged = (sizes > 1).transpose(2, 3).unflatten(-1, grid_size)
     size = images.shape[-2:]
     return torch.where(to_pixels(merged, patch_size, size), to_pixels(colors, patch_size, size), inputs)

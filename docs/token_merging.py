@@ -16,13 +16,15 @@ import main as program
 from benchmark import macs
 from checkpoint import load_checkpoint, load_weights
 from curve import with_way
+from distributed import exit_failed
 from engine import evaluate
+from models_evit import EViT
 from token_reorganization import size_bias
-from utils import choose_amp_dtype
+from utils import InputError, choose_amp_dtype
 
 
 class TokenMerging(nn.Module):
-    """A model that merges `reductions[i]` tokens in block i, for models without rotary position embeddings.
+    """A `VisionTransformer` that merges `reductions[i]` tokens in block i.
 
     Args:
         model: an EViT, of which only the layers are used.
@@ -39,9 +41,10 @@ class TokenMerging(nn.Module):
         x, _ = model.embed(images)
         sizes = x.new_ones(x.shape[0], x.shape[1] - prefix)
         for block, r in zip(model.blocks, self.reductions):
-            keys = block.attn.project(block.norm1(x))[1].mean(dim=1)                   # (B, P + N, D)
-            x, _ = block.attend(x, attn_mask=size_bias(sizes, prefix, x.dtype))
-            tokens, sizes = merge_pairs(x[:, prefix:], keys[:, prefix:], sizes, r)
+            q, k, v = block.attn.project(block.norm1(x))                               # (B, H, P + N, D) each
+            out = F.scaled_dot_product_attention(q, k, v, size_bias(sizes, prefix, x.dtype))
+            x = x + block.ls1(block.attn.proj(block.attn.norm(out.transpose(1, 2).flatten(2))))
+            tokens, sizes = merge_pairs(x[:, prefix:], k.mean(dim=1)[:, prefix:], sizes, r)
             x = block.feed_forward(torch.cat([x[:, :prefix], tokens], dim=1))
         return model.forward_head(model.norm(x))
 
@@ -56,6 +59,8 @@ def merge_pairs(tokens, keys, sizes, r):
     Returns:
         tokens (B, N − r, C) and sizes (B, N − r).
     """
+    if r == 0 or tokens.shape[1] == 1:
+        return tokens, sizes
     keys = F.normalize(keys, dim=-1)
     best, target = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(dim=-1)          # (B, N / 2) each
     order = best.argsort(dim=1, descending=True)
@@ -84,10 +89,14 @@ def reductions_of(model, gmacs, input_size):
 
 def main():
     args = program.parse_args(sys.argv[1:])
+    if not (args.keep_rates and args.resume):
+        raise InputError('give --eval, --resume CHECKPOINT and --keep-rates')
     device = torch.device(args.device)
     loader = program.build_loaders(args, device)[1]
     model = program.build_model(args, len(loader.dataset.classes))
     load_weights(model, load_checkpoint(args.resume)['model'], args.resume)
+    if not isinstance(model, EViT):
+        raise InputError(f'{args.model} is no VisionTransformer of timm, which alone is served here')
     model = with_way(model.to(device).eval(), 'merge')
     for rate in args.keep_rates:
         gmacs = macs(model, args.input_size, rate)
@@ -99,4 +108,7 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except Exception as error:
+        exit_failed('token_merging.py', error)

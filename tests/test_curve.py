@@ -2,6 +2,7 @@ import csv
 import functools
 import json
 import math
+import shutil
 
 import pytest
 import timm
@@ -95,6 +96,14 @@ def test_interrupted_pass_goes_on(model, tmp_path, monkeypatch):
     more.run(loader())
     assert set(calls) == {('full', 1.), ('merge', 0.5)}
     assert sums(more)['merge', 0.7] == sums(resumed)['merge', 0.7]
+    assert all(row.complete for row in evaluation(model, file).rows)       # rows that `more` did not name stay
+
+
+@pytest.mark.parametrize('text', ['', 'x', '[1]', '{"rows": []}', '{"settings": {}, "rows": [{"way": "drop"}]}', 'null'])
+def test_damaged_state(model, tmp_path, text):
+    (tmp_path / 'curve.json').write_text(text)
+    with pytest.raises(InputError, match='curve.json is damaged'):
+        evaluation(model, tmp_path / 'curve.json')
 
 
 def test_curve_of_other_settings(model, tmp_path):
@@ -159,8 +168,26 @@ def test_curve_from_the_command_line(digits_run, tmp_path, capsys):
         main.main(parse_args([*flags, '--keep-rates', '0.5', '--knn', '3']))
 
 
+def test_neighbours_of_other_classes(image_folder, tmp_path):
+    torch.save({'model': main.build_model(parse_args(PLAIN), 3).state_dict()}, tmp_path / 'a.pth')
+    shutil.copytree(image_folder, tmp_path / 'data')
+    (tmp_path / 'data' / 'train' / 'red').rename(tmp_path / 'data' / 'train' / 'rot')
+    with pytest.raises(InputError, match='differ in their classes'):
+        main.main(parse_args([*PLAIN, '--eval', '--resume', str(tmp_path / 'a.pth'), '--knn', '5',
+                              '--data-path', str(tmp_path / 'data'), '--output_dir', str(tmp_path)]))
+
+
+def test_default_rates_of_neighbours():
+    flags = ['--eval', '--resume', 'x', '--knn', '5']
+    for given, rates in (([], [0.7]), (['--model', 'deit_small_patch16_224_shrink05'], [0.5]),
+                         (['--model', 'deit_small_patch16_224'], [1.]),
+                         (['--model', 'deit_small_patch16_224', '--fuse-token'], [0.7])):
+        assert parse_args([*flags, *given]).keep_rates == rates
+
+
 def test_curve_of_two_processes(digits_run, tmp_path):
-    flags = [*PLAIN, '--eval', '--resume', digits_run[1] / 'checkpoint.pth', '--knn', '5', '--base_keep_rate', '0.6']
+    flags = [*PLAIN, '--eval', '--resume', digits_run[1] / 'checkpoint.pth', '--knn', '5', '--base_keep_rate', '0.6',
+             '--token-ways', 'fuse', 'merge', '--knn-bank', 'own']
     for processes, folder in ((0, 'one'), (2, 'two')):
         done = run_main(*flags, '--dist-eval', '--output_dir', tmp_path / folder, processes=processes)
         assert ' fuse   0.6' in done.stdout
