@@ -35,6 +35,12 @@ def model():
     return model.eval()
 
 
+@pytest.fixture
+def short_windows(monkeypatch):
+    measure = functools.partialmethod(Evaluation.measure_speed, windows=1, window_seconds=0.01)
+    monkeypatch.setattr(Evaluation, 'measure_speed', measure)
+
+
 def loader(is_train=False):
     dataset = build_dataset(is_train, data_set='DIGITS', input_size=16, augment=False)
     return build_loader(dataset, EvalSampler(dataset, 1, 0), 16, CPU)
@@ -99,7 +105,8 @@ def test_interrupted_pass_goes_on(model, tmp_path, monkeypatch):
     assert all(row.complete for row in evaluation(model, file).rows)       # rows that `more` did not name stay
 
 
-@pytest.mark.parametrize('text', ['', 'x', '[1]', '{"rows": []}', '{"settings": {}, "rows": [{"way": "drop"}]}', 'null'])
+@pytest.mark.parametrize('text', ['', 'x', '[1]', '{"rows": []}', '{"settings": {}, "rows": [{"way": "drop"}]}',
+                                  'null'])
 def test_damaged_state(model, tmp_path, text):
     (tmp_path / 'curve.json').write_text(text)
     with pytest.raises(InputError, match='curve.json is damaged'):
@@ -152,7 +159,7 @@ def test_neighbours(model, own):
     torch.testing.assert_close(votes, expected.clamp(min=1e-8))
 
 
-def test_curve_from_the_command_line(digits_run, tmp_path, capsys):
+def test_curve_from_the_command_line(digits_run, tmp_path, capsys, short_windows):
     flags = [*PLAIN, '--eval', '--resume', str(digits_run[1] / 'checkpoint.pth'), '--output_dir', str(tmp_path)]
     main.main(parse_args([*flags, '--keep-rates', '0.5', '--token-ways', 'fuse', 'merge']))
     printed = capsys.readouterr().out
@@ -185,12 +192,11 @@ def test_default_rates_of_neighbours():
         assert parse_args([*flags, *given]).keep_rates == rates
 
 
-def test_curve_of_two_processes(digits_run, tmp_path):
-    flags = [*PLAIN, '--eval', '--resume', digits_run[1] / 'checkpoint.pth', '--knn', '5', '--base_keep_rate', '0.6',
-             '--token-ways', 'fuse', 'merge', '--knn-bank', 'own']
-    for processes, folder in ((0, 'one'), (2, 'two')):
-        done = run_main(*flags, '--dist-eval', '--output_dir', tmp_path / folder, processes=processes)
-        assert ' fuse   0.6' in done.stdout
+def test_curve_of_two_processes(digits_run, tmp_path, short_windows):
+    flags = [*PLAIN, '--eval', '--resume', str(digits_run[1] / 'checkpoint.pth'), '--base_keep_rate', '0.6', '--knn', '5',
+             '--knn-bank', 'own', '--token-ways', 'fuse', 'merge', '--dist-eval', '--output_dir']
+    main.main(parse_args([*flags, str(tmp_path / 'one')]))
+    assert ' fuse   0.6' in run_main(*flags, tmp_path / 'two', processes=2).stdout
     one, two = (json.loads((tmp_path / folder / 'curve.json').read_text())['rows'] for folder in ('one', 'two'))
     for a, b in zip(one, two, strict=True):
         assert a['sums'] == pytest.approx(b['sums'], rel=1e-5) and a['sums'][0] == 360 and b['complete']
