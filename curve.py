@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from benchmark import Protocol, Throughput, macs, measured_pass, stopwatch, time_in_turn
 from distributed import all_reduce, broadcast_object, log, rank, world_size
+from engine import count
 from logger import Progress
 from models_evit import to_evit
 from utils import InputError, atomic_write, autocast
@@ -19,7 +20,7 @@ from utils import InputError, atomic_write, autocast
 WAYS = {'drop': {}, 'fuse': {'fuse_token': True}, 'merge': {'merge_token': True}}
 FULL = 'full'                                          # the way of the row at rate 1
 BATCHES_PER_SAVE = 20
-SUMS = 'images', 'top1', 'top5', 'same', 'loss'
+SUMS = 'top1', 'top5', 'loss', 'images', 'same'
 
 
 @dataclasses.dataclass
@@ -31,7 +32,7 @@ class Row:
         rate: keep rate.
         batches: how many batches each process has counted.
         complete: whether they are all.
-        sums: over the images, by SUMS: how many, right at 1 and at 5, with the class of the full model, losses.
+        sums: by SUMS: images right at 1 and at 5, losses, images, those with the class of the full model.
         gmacs, speed, ratio: per image; images/s; its ratio to the row at rate 1.
     """
     way: str
@@ -45,7 +46,7 @@ class Row:
 
     def columns(self):
         """{column: figure} of the table; accuracies in percent."""
-        images, top1, top5, same, loss = self.sums
+        top1, top5, loss, images, same = self.sums
         return {'way': self.way, 'rate': self.rate, 'gmacs': self.gmacs, 'images_per_second': self.speed.median,
                 'ratio': self.ratio, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images, 'loss': loss / images,
                 'same': 100 * same / images, 'images': int(images)}
@@ -73,8 +74,7 @@ class Evaluation:
     """
 
     def __init__(self, model, rows, file, settings, device, amp_dtype, sharded=False, neighbours=None):
-        self.models = {way: with_way(model, way).eval() for way in WAYS}
-        self.models[FULL] = self.models[way_of(model)]
+        self.models = {row.way: with_way(model, way_of(model) if row.way == FULL else row.way).eval() for row in rows}
         self.rows, self.file, self.sharded = rows, file, sharded
         weights = sum(parameter.double().abs().sum() for parameter in model.parameters()).item()
         self.settings = settings | {'weights': weights, 'processes': world_size() if sharded else 1}
@@ -124,7 +124,10 @@ class Evaluation:
         for images, labels in loader:
             full = self.classify(images, FULL, 1.)
             for row, sums in zip(rows, totals):
-                sums += count(full if row.way == FULL else self.classify(images, row.way, row.rate), labels, full)
+                logits = full if row.way == FULL else self.classify(images, row.way, row.rate)
+                same = (logits.argmax(dim=1) == full.argmax(dim=1)).sum()
+                counted = count(logits, labels, F.cross_entropy(logits, labels))
+                sums += torch.cat([counted, same.double().reshape(1)])
             progress.add_batch(F.cross_entropy(full, labels), len(images))
             if progress.step % BATCHES_PER_SAVE == 0 and progress.step <= common_batches:
                 self.add(rows, totals, progress.step)
@@ -159,7 +162,8 @@ class Evaluation:
 
 def plan_rows(rates, ways):
     """The row at rate 1, then each other rate in each way."""
-    return [Row(FULL, 1.), *(Row(way, rate) for way in dict.fromkeys(ways) for rate in sorted(set(rates) - {1.}, reverse=True))]
+    rates = sorted(set(rates) - {1.}, reverse=True)
+    return [Row(FULL, 1.), *(Row(way, rate) for way in dict.fromkeys(ways) for rate in rates)]
 
 
 def with_way(model, way):
@@ -167,15 +171,6 @@ def with_way(model, way):
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     twin = copy.deepcopy(model, shared)
     return to_evit(twin, model.base_keep_rate, model.drop_loc, uniform=model.uniform, **WAYS[way])
-
-
-def count(scores, labels, full):
-    """The sums of a batch: scores (B, classes) and those of the full model, labels (B,) → float64 (5,), by SUMS."""
-    correct = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels.unsqueeze(1)
-    same = scores.argmax(dim=1) == full.argmax(dim=1)
-    loss = F.cross_entropy(scores, labels, reduction='sum')
-    return torch.stack([torch.tensor(len(labels), device=labels.device), correct[:, 0].sum(), correct.sum(), same.sum(),
-                        loss]).double()
 
 
 def draw_curve(model, loader, rates, ways, folder, settings, *, device, amp_dtype, input_size, batch_size,
@@ -199,11 +194,11 @@ def draw_curve(model, loader, rates, ways, folder, settings, *, device, amp_dtyp
     evaluation.run(loader, print_freq)
     log('Measuring the throughput of each row')
     evaluation.measure_speed(input_size, batch_size)
-    rows = evaluation.rows
+    rows, num_images = evaluation.rows, int(evaluation.rows[0].sums[SUMS.index('images')])
     protocol = dataclasses.replace(rows[0].speed.protocol, keep_rate=None)
-    log('\n'.join([*format_table(rows), f'{int(rows[0].sums[0]):,} images; {protocol}']))
+    log('\n'.join([*format_table(rows), f'{num_images:,} images; {protocol}']))
     if rank() == 0:
-        write_files(folder, rows, f'{settings["model"]}, {int(rows[0].sums[0]):,} images')
+        write_files(folder, rows, f'{settings["model"]}, {num_images:,} images')
         log(f'Wrote curve.csv and curve.png to {folder}')
 
 

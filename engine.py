@@ -103,6 +103,19 @@ def check_weights(model, title):
                                  'try a lower --lr, --clip-grad, or --amp-dtype float32')
 
 
+def count(logits, labels, loss):
+    """The sums of a batch: right at 1, right at 5, loss, images → float64 (4,).
+
+    Args:
+        logits: (B, C).
+        labels: (B,).
+        loss: their mean loss.
+    """
+    correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    loss = loss.double() * len(labels)
+    return torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss, torch.full_like(loss, len(labels))])
+
+
 @torch.no_grad()
 def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False, print_freq=50, after_batch=None,
              name='network'):
@@ -128,9 +141,7 @@ def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False,
             with autocast(device, amp_dtype):
                 logits = run(images).float()                               # (B, C)
             loss = F.cross_entropy(logits, labels)
-            correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-            totals += torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss.double() * len(images),
-                                   torch.full_like(totals[3], len(images))])
+            totals += count(logits, labels, loss)
             progress.add_batch(loss, len(images))
             if after_batch is not None and progress.step <= common_batches:
                 after_batch()

@@ -35,11 +35,12 @@ def create_model(name, *, pretrained=False, new_head=True, input_size=None, toke
     if timm.get_pretrained_cfg(name).fixed_input_size:
         options['img_size'] = input_size
     if pretrained:
-        check_classes(name, options['num_classes'], new_head)
-        if model_kwargs:
-            # With another head, timm would load weights that lack a part of the model; with their own it refuses them
-            create_from_timm(name, pretrained, options | {'num_classes': timm.get_pretrained_cfg(name).num_classes},
-                             model_kwargs)
+        num_classes = timm.get_pretrained_cfg(name).num_classes
+        if num_classes != options['num_classes']:
+            explain_new_head(name, num_classes, options['num_classes'], new_head)
+            if model_kwargs:
+                # With a new head, timm would load weights that lack a part of the model; with their own it refuses them
+                create_from_timm(name, pretrained, options | {'num_classes': num_classes}, model_kwargs)
     model = create_from_timm(name, pretrained, options, model_kwargs)
     if getattr(model, 'global_pool', None) == '':
         raise InputError(f'--model-kwargs global_pool=: {name} would not classify without pooling')
@@ -78,11 +79,9 @@ def create_from_timm(name, pretrained, options, model_kwargs):
                 raise
 
 
-def check_classes(name, num_classes, new_head):
-    """Say that timm's weights do not classify `num_classes`; raise InputError if the head must not be new."""
-    classes = timm.get_pretrained_cfg(name).num_classes
-    if classes != num_classes:
-        message = f"timm's weights of {name} know {classes} classes, the data has {num_classes}"
-        if not new_head:
-            raise InputError(f'--eval --pretrained: {message}; finetune them first')
-        log(f'note: {message}: the head is new')
+def explain_new_head(name, known, num_classes, new_head):
+    """Say that timm's weights classify `known` classes, not `num_classes`; InputError if the head must not be new."""
+    message = f"timm's weights of {name} know {known} classes, the data has {num_classes}"
+    if not new_head:
+        raise InputError(f'--eval --pretrained: {message}; finetune them first')
+    log(f'note: {message}: the head is new')

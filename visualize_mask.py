@@ -200,7 +200,8 @@ def merge_images(images, groups, patch_size, mean=IMAGENET_DEFAULT_MEAN, std=IMA
     groups = groups.flatten(2)                                                         # (B, stages, N)
     same = (groups.unsqueeze(-1) == groups.unsqueeze(-2)).float()                      # (B, stages, N, N)
     sizes = same.sum(-1, keepdim=True)                                                 # (B, stages, N, 1)
-    colors = (same @ colors / (same @ pixels)).transpose(2, 3).unflatten(-1, grid_size)          # (B, stages, 3, rows, cols)
+    colors = same @ colors / (same @ pixels)                                           # (B, stages, N, 3)
+    colors = colors.transpose(2, 3).unflatten(-1, grid_size)                           # (B, stages, 3, rows, cols)
     merged = (sizes > 1).transpose(2, 3).unflatten(-1, grid_size)
     size = images.shape[-2:]
     return torch.where(to_pixels(merged, patch_size, size), to_pixels(colors, patch_size, size), inputs)
