@@ -1,7 +1,9 @@
 """Command lines: types of arguments, and a parser whose errors are one line."""
 import argparse
 import ast
+import json
 import math
+from pathlib import Path
 
 import timm
 
@@ -55,6 +57,22 @@ def block_numbers(text):
         return tuple(int(item) for item in inside.rstrip(', ').split(','))
     except ValueError:
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of block numbers such as 3,6,9') from None
+
+
+def token_counts(text):
+    """An argparse type: 197,197,150,… or the path of a JSON file with a list → tuple of int."""
+    try:
+        if not text.endswith('.json'):
+            return block_numbers(text)
+        counts = json.loads(Path(text).read_text())
+        if isinstance(counts, list) and all(type(item) is int for item in counts):
+            return tuple(counts)
+        reason = 'it holds no list of integers'
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    except argparse.ArgumentTypeError:
+        reason = 'it is neither a list of numbers such as 197,197,150 nor the path of a .json file'
+    raise argparse.ArgumentTypeError(f'{text!r}: {reason}')
 
 
 def key_value(text):

@@ -17,7 +17,7 @@ import torch
 from timm.models import clean_state_dict
 
 from distributed import all_reduce, log, rank
-from models_evit import antialiases
+from position_embedding import antialiases
 from utils import InputError, atomic_write, one_line, open_durably
 
 NEWEST, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
@@ -237,7 +237,7 @@ def load_run(source, settings, evaluates_only):
     if isinstance(trained, argparse.Namespace):        # of the original code, whose lr is the scaled one
         trained = {name: value for name, value in vars(trained).items() if name != 'lr'}
     model = ('model', 'pretrained', 'input_size', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'merge_token',
-             'drop_loc', 'keep_schedule')
+             'drop_loc', 'keep_schedule', 'token_counts')
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
                 'weight_decay')
     for name in () if evaluates_only else ('opt', 'sched'):
@@ -300,7 +300,7 @@ def load_finetune(model, source):
 def convert_weights(weights, model, source):
     """A state dict in the format of its own code → in that of `model`, by timm's conversion for it.
 
-    Position embeddings are resized as `models_evit.resize_pos_embed` does. Raises InputError if the conversion fails.
+    Position embeddings are resized as `resize_pos_embed` does. Raises InputError if the conversion fails.
     """
     weights = clean_state_dict(weights)
     module = timm.model_entrypoint(model.pretrained_cfg['architecture']).__module__

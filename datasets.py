@@ -9,7 +9,6 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_data_config
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -40,6 +39,7 @@ class Digits(Dataset):
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, train, transform=None, on_board=False):
+        from sklearn.datasets import load_digits       # a second or more, which other data sets need not wait
         digits = load_digits()
         order = np.random.RandomState(0).permutation(len(digits.target))    # the scans are ordered by writer
         indices = order[:1437] if train else order[1437:]

@@ -13,7 +13,7 @@ import torch
 from timm.data import Mixup
 
 from arguments import (ArgumentParser, HelpFormatter, block_numbers, count, key_value, non_negative, positive, rate,
-                       share, timm_model, with_dashes, within)
+                       share, timm_model, token_counts, with_dashes, within)
 from benchmark import report_speed
 from checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights
 from curve import WAYS, draw_curve, way_of
@@ -32,8 +32,9 @@ from trainer import Trainer
 from utils import InputError, allow_fast_kernels, choose_amp_dtype, seed_all
 from visualize_mask import visualize
 
-TOKEN_DEFAULTS = {'base_keep_rate': 0.7, 'fuse_token': False, 'merge_token': False, 'drop_loc': None,
-                  'keep_schedule': 'stages', 'shrink_start_epoch': 10, 'shrink_epochs': 0}
+SCHEDULE_DEFAULTS = {'base_keep_rate': 0.7, 'drop_loc': None, 'keep_schedule': 'stages', 'shrink_start_epoch': 10,
+                     'shrink_epochs': 0}               # of which tokens are kept; --token-counts takes their place
+TOKEN_DEFAULTS = SCHEDULE_DEFAULTS | {'fuse_token': False, 'merge_token': False, 'token_counts': None}
 DATASET = ('data_set', 'data_path', 'use_lmdb', 'nb_classes', 'inat_category', 'input_size', 'fast_resize',
            'color_jitter', 'aa', 'train_interpolation')
 LOGGED_MASKS = 8
@@ -53,6 +54,8 @@ def get_args_parser():
     add('--drop-loc', type=block_numbers, help='numbers of the blocks that reorganise tokens, from 0 (default: '
         'depth/4, depth/2, 3·depth/4)')
     add('--keep-schedule', choices=['stages', 'uniform'], help='in these blocks (default), or spread over all blocks')
+    add('--token-counts', type=token_counts, metavar='N,N,…|FILE.json', help='instead of rate and blocks: how many '
+        'tokens leave each block, the class token included')
     add('--shrink-start-epoch', type=count, help='epoch in which the keep rate starts to fall from 1 (default: 10)')
     add('--shrink-epochs', type=count, help='epochs in which it falls to the base keep rate (default: 0)')
 
@@ -120,8 +123,7 @@ def get_args_parser():
     add('--fast-resize', action='store_true',
         help='decode and resize training images with torch instead of Pillow: faster, but values of a resized image '
              'differ by up to 2 of 255')
-    add('--repeated-aug', action=on_off, default=True,
-        help='each image three times per epoch, which covers a third of the images')
+    add('--repeated-aug', action=on_off, default=True, help='each image three times per epoch, of a third of them')
     add('--reprob', type=share, default=0.25, help='probability of random erasing')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='fill of random erasing')
     add('--recount', type=positive(int), default=1, help='maximum number of erased regions')
@@ -163,18 +165,15 @@ def get_args_parser():
         help='file or https address to continue from; auto: the newest of the output folder, if it has one')
     add('--checkpoint-interval', type=positive(int), default=500,
         help='updates between checkpoints; one is saved after each epoch, too')
-    add('--skip-nonfinite', type=count, default=0,
-        help='consecutive updates with a non-finite loss to skip before failing')
+    add('--skip-nonfinite', type=count, default=0, help='updates in a row with a non-finite loss to skip, then fail')
     add('--start-epoch', type=count, default=0, help='number of the first epoch')
     add('--eval-interval', type=positive(int), default=1, help='epochs between evaluations')
     add('--print-freq', type=positive(int), default=50, help='steps between lines on the console')
-    add('--log-masks', action=on_off, default=True,
-        help='at each evaluation, show in TensorBoard which patches of 8 validation images are kept')
+    add('--log-masks', action=on_off, default=True, help='show in TensorBoard what is kept of 8 validation images')
     add('--dist-eval', action='store_true', help='share the evaluation among the processes')
     add('--world-size', type=positive(int), default=1, help='number of processes, unless the environment has it')
     add('--dist-url', default='env://', help='where the processes meet')
-    add('--dist-timeout', type=within(1, 10 ** 6), default=600,
-        help='seconds to wait for a process before giving it up')
+    add('--dist-timeout', type=within(1, 10 ** 6), default=600, help='seconds to wait for a process before giving up')
     return parser
 
 
@@ -192,7 +191,11 @@ def parse_args(argv, parser=None):
         args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
     input_size, preprocessing = input_of(args)
     defaults = {'input_size': input_size, 'train_interpolation': preprocessing.interpolation}
-    evit = args.model in VARIANTS or any(getattr(args, name) is not None for name in TOKEN_DEFAULTS)
+    given = [name for name in TOKEN_DEFAULTS if getattr(args, name) is not None]
+    clash = [name for name in ('keep_rates', 'knn', *SCHEDULE_DEFAULTS) if getattr(args, name) is not None]
+    if args.token_counts and clash:
+        parser.error(f'--token-counts takes no --{clash[0].replace("_", "-")}')
+    evit = args.model in VARIANTS or bool(given)
     if evit or args.keep_rates or args.knn:
         defaults |= TOKEN_DEFAULTS
     if args.model in VARIANTS:
@@ -252,20 +255,25 @@ def wrong_combinations(args):
 def build_loaders(args, device):
     """Loaders of the training set, of the validation set, and of the validation images that TensorBoard shows.
 
-    The first and the last are None if the run does not need them.
+    The first and the last are None if the run does not need them. For --knn, the first has the images in their order,
+    without augmentation.
     """
     atexit.register(kill_workers)                      # as they ignore the signal that would end them
     preprocessing = input_of(args)[1]
     options = {name: getattr(args, name) for name in DATASET} | {'preprocessing': preprocessing}
     load = partial(build_loader, device=device, num_workers=args.num_workers, pin_memory=args.pin_mem,
                    channels_last=args.channels_last, worker_init_fn=ignore_stop_signals, preprocessing=preprocessing)
-    dataset_train = None if evaluates_only(args) else build_dataset(True, **options)
-    dataset_val = build_dataset(False, **options)
+    if args.knn:
+        options['augment'] = False
+    dataset_train = None if evaluates_only(args) and not args.knn else build_dataset(True, **options)
+    dataset_val, eval_batch = build_dataset(False, **options), int(1.5 * args.batch_size)
     processes = (world_size(), rank()) if args.dist_eval else (1, 0)
-    loader_val = load(dataset_val, EvalSampler(dataset_val, *processes), int(1.5 * args.batch_size))
+    loader_val = load(dataset_val, EvalSampler(dataset_val, *processes), eval_batch)
     if dataset_train is None:
         return None, loader_val, None
     check_same_classes(dataset_train, dataset_val)
+    if args.knn:
+        return load(dataset_train, EvalSampler(dataset_train, world_size(), rank()), eval_batch), loader_val, None
     mask_loader, seeded = None, SeededDataset(dataset_train)
     if args.log_masks and args.output_dir and args.base_keep_rate is not None and rank() == 0:
         mask_loader = build_loader(spread(dataset_val, LOGGED_MASKS), None, args.batch_size, device,
@@ -281,7 +289,8 @@ def build_model(args, num_classes, pretrained=False):
     """The model on the CPU, with new weights or timm's."""
     tokens = None
     if args.base_keep_rate is not None:
-        tokens = {name: getattr(args, name) for name in ('base_keep_rate', 'drop_loc', 'fuse_token', 'merge_token')}
+        tokens = {name: getattr(args, name)
+                  for name in ('base_keep_rate', 'drop_loc', 'fuse_token', 'merge_token', 'token_counts')}
         tokens['uniform'] = args.keep_schedule == 'uniform'
     return create_model(args.model, pretrained=pretrained, new_head=not args.eval or bool(args.knn), tokens=tokens,
                         input_size=args.input_size, grad_checkpointing=args.grad_checkpointing,
@@ -334,7 +343,7 @@ def main(args):
     evaluate_model = partial(evaluate, loader=loader_val, device=device, amp_dtype=amp_dtype, compiled=args.compile,
                              sharded=args.dist_eval, print_freq=args.print_freq)
     if args.keep_rates:
-        evaluate_rates(args, model, loader_val, device, amp_dtype)
+        evaluate_rates(args, model, loader_train, loader_val, device, amp_dtype)
     elif args.eval:
         evaluate_model(model)
         if args.model_ema and source and checkpoint.get('model_ema'):
@@ -363,23 +372,16 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
         f'{world_size()} process(es) on {device.type}, {amp_dtype}')
 
 
-def evaluate_rates(args, model, loader_val, device, amp_dtype):
+def evaluate_rates(args, model, loader_train, loader_val, device, amp_dtype):
     """Draw the curve of accuracy against speed over the keep rates."""
     folder = make_output_folder(args.output_dir or 'curve')
     settings = {name: getattr(args, name) for name in (*DATASET, 'model', 'model_kwargs', 'pretrained', 'drop_loc',
                                                        'keep_schedule', 'batch_size', 'knn', 'knn_bank')}
     settings |= {'precision': str(amp_dtype), 'images': len(loader_val.dataset)}
-    neighbours = loader_train = None
-    if args.knn:
-        neighbours = Neighbours(args.knn, args.knn_bank == 'own')
-        dataset = build_dataset(True, augment=False, preprocessing=loader_val.preprocessing,
-                                **{name: getattr(args, name) for name in DATASET})
-        check_same_classes(dataset, loader_val.dataset)
-        loader_train = build_loader(dataset, EvalSampler(dataset, world_size(), rank()), loader_val.batch_size, device,
-                                    args.num_workers, preprocessing=loader_val.preprocessing)
     draw_curve(model, loader_val, args.keep_rates, args.token_ways or [way_of(model)], folder, settings, device=device,
                amp_dtype=amp_dtype, input_size=args.input_size, batch_size=args.batch_size, sharded=args.dist_eval,
-               print_freq=args.print_freq, neighbours=neighbours, loader_train=loader_train)
+               print_freq=args.print_freq, loader_train=loader_train,
+               neighbours=Neighbours(args.knn, args.knn_bank == 'own') if args.knn else None)
 
 
 def run(argv=None, parser=None):

@@ -9,7 +9,7 @@ from utils import InputError, one_line
 # Arguments of timm's models that follow from flags or from the data
 RESERVED = {'num_classes', 'drop_rate', 'drop_path_rate', 'img_size', 'in_chans', 'pretrained', 'checkpoint_path',
             'pretrained_cfg', 'pretrained_cfg_overlay', 'base_keep_rate', 'drop_loc', 'fuse_token',
-            'merge_token', 'uniform'}
+            'merge_token', 'uniform', 'token_counts'}
 
 
 def create_model(name, *, pretrained=False, new_head=True, input_size=None, tokens=None, grad_checkpointing=False,

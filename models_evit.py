@@ -18,36 +18,37 @@ Importing this module registers `VARIANTS`, the EViTs made of DeiTs, with timm::
 import dataclasses
 from functools import partial
 
-import torch
 import torch.nn as nn
-from timm.layers import Mlp, resample_abs_pos_embed
+from timm.layers import Mlp
 from timm.models import (build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model)
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 
+from position_embedding import ResizedPositions, resize_pos_embed          # noqa: F401, for code that imports it here
 from token_reorganization import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock,
                                   EViTEvaBlockPostNorm, EViTRopeAttention, InplaceGELU, num_kept, patches_after,
-                                  patches_per_token, place_tokens, rope_rows, uniform_rate,
+                                  patches_per_token, place_tokens, rates_of_counts, rope_rows, uniform_rate,
                                   weigh_by_size)
 from token_reorganization import class_attention, reorganize_tokens        # noqa: F401, for code that imports them here
 
 
-class TokenReorganization:
+class TokenReorganization(ResizedPositions):
     """Mixin that adds token reorganisation to a vision transformer of timm.
 
-    Modifications: as `forward` says; position embeddings are resized as `resize_pos_embed` does. Where the head pools
-    by average, a fused token counts as many patches as it stands for.
+    Modifications: as `forward` says. Where the head pools by average, a fused token counts as many patches as it stands
+    for.
 
     Args:
-        base_keep_rate, drop_loc, fuse_token, merge_token, uniform: as in `to_evit`; all others are timm's.
+        base_keep_rate, drop_loc, fuse_token, merge_token, uniform, token_counts: as in `to_evit`; all others are
+            timm's.
     """
 
     def __init__(self, *args, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False, uniform=False,
-                 **kwargs):
+                 token_counts=None, **kwargs):
         super().__init__(*args, **kwargs)
-        to_evit(self, base_keep_rate, drop_loc, fuse_token, merge_token, uniform)
+        to_evit(self, base_keep_rate, drop_loc, fuse_token, merge_token, uniform, token_counts)
 
     def forward(self, x, keep_rate=None, tokens=None, get_idx=False):
         """Classify images.
@@ -187,25 +188,6 @@ class TokenReorganization:
             num_tokens = k + (block.fuse_token and k < num_tokens)
         return tuple(counts)
 
-    def set_input_size(self, img_size=None, patch_size=None):
-        """timm's, but the position embedding is resized as on loading a checkpoint (`resize_pos_embed`)."""
-        pos_embed, grid_size = self.pos_embed, self.patch_embed.grid_size
-        super().set_input_size(img_size, patch_size)
-        if pos_embed is not None and self.patch_embed.grid_size != grid_size:
-            resized = resize_pos_embed(pos_embed.detach(), self, self.patch_embed.grid_size, grid_size)
-            self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
-
-    def _pos_embed(self, x):
-        if not self.dynamic_img_size or self.pos_embed is None or antialiases(self):
-            return super()._pos_embed(x)
-        pos_embed = resize_pos_embed(self.pos_embed, self, x.shape[1:3], self.patch_embed.grid_size)
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, getattr(self, 'dist_token', None),
-                                                             self.reg_token) if token is not None]
-        x = x.flatten(1, 2)                                                            # (B, H, W, C) → (B, N, C)
-        if self.no_embed_class:
-            return self.pos_drop(torch.cat([*prefix, x + pos_embed], dim=1))
-        return self.pos_drop(torch.cat([*prefix, x], dim=1) + pos_embed)
-
 
 class EViT(TokenReorganization, VisionTransformer):
     """A `VisionTransformer` that reorganises its tokens."""
@@ -221,25 +203,6 @@ class EViTEva(TokenReorganization, Eva):
     def embed(self, x):
         x, rope = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(x), rope
-
-
-def antialiases(model):
-    """Whether the model's family resizes a position embedding with antialiasing: timm does, DeiT and EViT do not."""
-    return not ((getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or '').startswith('deit')
-
-
-def resize_pos_embed(pos_embed, model, new_size=None, old_size=None):
-    """Resize a position embedding to a grid, bicubic, as the model's family does (`antialiases`).
-
-    Args:
-        pos_embed: (1, P + N, C), or (1, N, C) if the model's prefix tokens have none.
-        model: a model with `patch_embed`.
-        new_size: (rows, columns); the model's if None.
-        old_size: its present size; a square if None.
-    """
-    num_prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens
-    return resample_abs_pos_embed(pos_embed, new_size or model.patch_embed.grid_size, old_size, num_prefix_tokens,
-                                  antialias=antialiases(model))
 
 
 # --- Any model of timm ----------------------------------------------------------------------------------------------
@@ -258,7 +221,8 @@ UNSERVED = {
 }
 
 
-def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False, uniform=False):
+def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False, uniform=False,
+            token_counts=None):
     """Turn a vision transformer of timm into an EViT, in place: its parameters and their names stay.
 
     timm's methods go on to work, `from_evit` turns it back. A call on an EViT sets its settings anew.
@@ -272,17 +236,26 @@ def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_to
         merge_token: merge each of them into the kept token that it is most similar to (`merge_into_nearest`), which
             from then on counts for all that it stands for (`size_bias`); for weights that were trained with all tokens.
         uniform: reorganise in every block, at the rate that leaves as many tokens over all blocks (`uniform_rate`).
+        token_counts: how many tokens leave each block, the class token and all others included, as in published
+            schedules; instead of `base_keep_rate` and `drop_loc`. At another image size, as large a part of them.
     Returns:
         the model.
     Raises:
-        ValueError: it cannot be an EViT, for the reason that the message names, a rate or a block number is out of
-            range, or tokens are to be fused and merged. The model is unchanged then.
+        ValueError: it cannot be an EViT, for the reason that the message names, a rate, a count or a block number is
+            out of range, or tokens are to be fused and merged. The model is unchanged then.
     """
     reason = obstacle(model)
     if reason:
         raise ValueError(f'{type(model).__name__} cannot become an EViT: {reason}')
-    depth = len(model.blocks)
-    drop_loc = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}) if drop_loc is None else drop_loc)
+    depth, rates = len(model.blocks), base_keep_rate
+    if token_counts is not None:
+        if len(token_counts) != depth:
+            raise ValueError(f'token_counts must have a number for each of {depth} blocks, not {len(token_counts)}')
+        rates = rates_of_counts(token_counts, model.patch_embed.num_patches, model.num_prefix_tokens, fuse_token)
+        drop_loc = (i for i, rate in enumerate(rates) if rate < 1)
+    elif drop_loc is None:
+        drop_loc = sorted({depth // 4, depth // 2, 3 * depth // 4})
+    drop_loc = tuple(drop_loc)
     if not 0 < base_keep_rate <= 1:
         raise ValueError(f'the keep rate must lie in (0, 1], not {base_keep_rate}')
     if not all(0 <= i < depth for i in drop_loc):
@@ -291,7 +264,7 @@ def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_to
         raise ValueError('tokens are either fused (fuse_token) or merged (merge_token)')
     swap_classes(model, EVIT_CLASSES)
     model.base_keep_rate, model.drop_loc, model.uniform = base_keep_rate, drop_loc, uniform
-    for block, block.keep_rate in zip(model.blocks, model.block_keep_rates(base_keep_rate)):
+    for block, block.keep_rate in zip(model.blocks, model.block_keep_rates(rates)):
         block.num_prefix_tokens = model.num_prefix_tokens
     for module in (model, *model.blocks):
         module.fuse_token, module.merge_token = fuse_token, merge_token

@@ -37,6 +37,24 @@ def uniform_rate(depth, drop_loc, keep_rate):
     return round(high, 12)                             # without the last bits, which could keep one more token
 
 
+def rates_of_counts(counts, num_patches, num_prefix_tokens, fuse):
+    """The keep rate of each block that leaves `counts` tokens, prefix tokens and the fused one included.
+
+    A block with fewer tokens keeps them all. ValueError if one would keep none.
+    """
+    rates, num_tokens = [], num_patches
+    for count in counts:
+        k = count - num_prefix_tokens - fuse
+        if count - num_prefix_tokens >= num_tokens:
+            rates.append(1.)
+        elif k < 1:
+            raise ValueError(f'token_counts: {count} is too few, as {num_prefix_tokens + fuse} of them are no patches')
+        else:
+            rates.append((k - 0.5) / num_tokens)       # `num_kept` rounds up to k
+            num_tokens = k + fuse
+    return rates
+
+
 def reorganize_tokens(tokens, scores, k, fuse=False):
     """Keep the k tokens with the highest scores; drop the others, or fuse them into one, placed last (§3.2, §3.3).
 

@@ -76,7 +76,7 @@ class Trainer:
             clip_grad=args.clip_grad, accum_steps=args.accum_steps, skip_nonfinite=args.skip_nonfinite,
             print_freq=args.print_freq)
         self.keep_rate_at = None
-        if args.base_keep_rate is not None:            # an EViT
+        if args.base_keep_rate is not None and not args.token_counts:      # an EViT whose rate falls
             self.keep_rate_at = partial(keep_rate_at, start_epoch=args.shrink_start_epoch,
                                         shrink_epochs=args.shrink_epochs, base_keep_rate=args.base_keep_rate)
 

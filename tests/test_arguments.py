@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from arguments import (ArgumentParser, block_numbers, count, key_value, non_negative, positive, rate, share,
-                       with_dashes, within)
+                       token_counts, with_dashes, within)
 
 
 @pytest.mark.parametrize('kind, right, wrong', [
@@ -20,6 +20,21 @@ def test_types(kind, right, wrong):
     for text in wrong:
         with pytest.raises((ValueError, argparse.ArgumentTypeError)):
             kind(text)
+
+
+def test_token_counts(tmp_path):
+    """From the command line or from a file."""
+    assert token_counts('197,150,9') == (197, 150, 9)
+    file = tmp_path / 'counts.json'
+    file.write_text('[197, 150, 9]')
+    assert token_counts(str(file)) == (197, 150, 9)
+    for text in ('{}', '[1.5]', '[true]', '3', '', '[197'):
+        file.write_text(text)
+        with pytest.raises(argparse.ArgumentTypeError, match='counts.json'):
+            token_counts(str(file))
+    for text, reason in ((str(tmp_path / 'no.json'), 'No such file'), ('197;3', "'197;3': it is neither a list of")):
+        with pytest.raises(argparse.ArgumentTypeError, match=reason):
+            token_counts(text)
 
 
 def test_one_line_per_error(capsys):

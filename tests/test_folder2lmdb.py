@@ -20,6 +20,7 @@ from torchvision.datasets import ImageFolder
 
 import folder2lmdb
 import lmdb_dataset
+import main
 from conftest import TINY, run_main
 from folder2lmdb import ImageFolderLMDB
 from test_lmdb_dataset import PICTURES, database, legacy, make_tree, pixels, tree, write_lmdb  # noqa: F401 (fixtures)
@@ -67,10 +68,10 @@ def test_conversion_as_a_process(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['train', 'train.lmdb', 'val', 'val.lmdb']
 
 
-def test_training_and_evaluation_from_tree_and_database(tmp_path, command):
+def test_training_and_evaluation_from_tree_and_database(tmp_path, command, capsys):
     """The commands of the README, on images of every mode and format."""
-    def figures(done):
-        return [line for line in done.stdout.splitlines() if line.startswith(('Accuracy', '* Acc@1'))]
+    def figures(printed):
+        return [line for line in printed.splitlines() if line.startswith(('Accuracy', '* Acc@1'))]
 
     data = tmp_path / 'data'
     trees = [make_tree(data / split) for split in ('train', 'val')]
@@ -83,7 +84,8 @@ def test_training_and_evaluation_from_tree_and_database(tmp_path, command):
         run_main(*flags, *use_lmdb, '--epochs', '1', '--output-dir', folder)
         stats = json.loads((folder / 'log.txt').read_text())
         logged.append({name: value for name, value in stats.items() if 'second' not in name})
-        printed.append(figures(run_main(*flags, *use_lmdb, '--eval', '--resume', folder / 'checkpoint.pth')))
+        main.main(main.parse_args([*map(str, flags), *use_lmdb, '--eval', '--resume', str(folder / 'checkpoint.pth')]))
+        printed.append(figures(capsys.readouterr().out))
     assert printed[0] == printed[1] and len(printed[0]) == 4 and logged[0] == logged[1]
     (trees[1] / 'bird' / 'rgb.JPEG').write_bytes(b'no picture')
     status, out, _ = command('--dir', data, '--verify')

@@ -112,6 +112,9 @@ def trees(image_folder, teacher, tmp_path):
     (['--finetune', ''], '--finetune'),
     (['--eval', '--finetune', '{root}/junk.pth'], '--resume'),
     (['--fuse_token', '--merge_token'], 'exclude each other'),
+    (['--token-counts', '5,4', '--shrink_start_epoch', '3'], '--token-counts takes no --shrink-start-epoch'),
+    (['--token-counts', '5,4', '--eval', '--resume', 'x', '--knn', '3'], 'takes no --knn'),
+    (['--token-counts', 'x'], 'neither a list of numbers'),
     (['--keep-rates', '1', '0.5'], 'go with --eval'),
     (['--knn', '5', '--visualize_mask', '--resume', 'x'], 'go with --eval'),
     (['--eval', '--resume', 'x', '--keep-rates', '1.5'], '(0, 1]'),
@@ -242,29 +245,25 @@ def test_evaluation_of_a_checkpoint(digits_run, capsys):
 
 
 def test_evaluation_by_two_processes(digits_run):
+    """Without --dist-eval; `test_training_by_one_and_two_processes` has it."""
     done, folder = digits_run
-    for dist_eval in ([], ['--dist-eval']):
-        evaluated = run_main(*PLAIN, '--eval', '--resume', folder / 'checkpoint.pth', *dist_eval, processes=2)
-        assert accuracy_lines(evaluated.stdout) == accuracy_lines(done.stdout)
+    evaluated = run_main(*PLAIN, '--eval', '--resume', folder / 'checkpoint.pth', processes=2)
+    assert accuracy_lines(evaluated.stdout) == accuracy_lines(done.stdout)
 
 
-def test_training_by_two_processes(tmp_path):
-    done = run_main(*PLAIN, '--epochs', '1', '--batch-size', '32', '--dist-eval', '--output_dir', tmp_path, processes=2)
-    assert '2 process(es) on cpu' in done.stdout
-    stats, = log_lines(tmp_path)
-    assert stats['test_acc1'] > 20 and len(accuracy_lines(done.stdout)) == 4           # printed by one process
-
-
-def test_same_weights_from_one_and_two_processes(image_folder, tmp_path):
-    flags = [*PLAIN, '--data-path', image_folder, '--drop-path', '0', '--opt', 'sgd', '--epochs', '2', '--dist-eval',
-             '--no-repeated-aug', '--model-ema-decay', '0.5', '--data-set', 'IMNET', '--smoothing', '0']
-    run_main(*flags, '--batch-size', '8', '--output_dir', tmp_path / '1')
-    run_main(*flags, '--batch-size', '4', '--output_dir', tmp_path / '2', processes=2)
+def test_training_by_one_and_two_processes(image_folder, tmp_path):
+    flags = [*PLAIN, '--data-path', str(image_folder), '--drop-path', '0', '--opt', 'sgd', '--epochs', '2',
+             '--dist-eval', '--no-repeated-aug', '--model-ema-decay', '0.5', '--data-set', 'IMNET', '--smoothing', '0']
+    main.main(parse_args([*flags, '--batch-size', '8', '--output_dir', str(tmp_path / '1')]))
+    done = run_main(*flags, '--batch-size', '4', '--output_dir', tmp_path / '2', processes=2)
+    assert done.stdout.count('2 process(es) on cpu') == 1 and len(accuracy_lines(done.stdout)) == 2 * 4    # printed once
     one, two = (checkpoint(tmp_path / name) for name in '12')
     for part in ('model', 'model_ema'):
         for key, value in one[part].items():
             torch.testing.assert_close(two[part][key], value, rtol=0, atol=1e-5)
-    assert log_lines(tmp_path / '1')[-1]['train_loss'] == pytest.approx(log_lines(tmp_path / '2')[-1]['train_loss'])
+    for one, two in zip(*(log_lines(tmp_path / name) for name in '12'), strict=True):
+        for key in ('train_loss', 'test_loss', 'test_ema_loss', 'test_acc1'):
+            assert one[key] == pytest.approx(two[key], rel=1e-5), key
 
 
 def test_resume_after_an_epoch(digits_run, tmp_path, capsys):
@@ -274,6 +273,24 @@ def test_resume_after_an_epoch(digits_run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'Epoch: [1]' in printed and 'Epoch: [0]' not in printed
     assert [line['epoch'] for line in log_lines(tmp_path)] == [1] and checkpoint(tmp_path)['epoch'] == 1
+
+
+def test_token_counts(tmp_path, capsys):
+    """The schedule of a file trains without a falling keep rate, and is evaluated."""
+    (tmp_path / 'counts.json').write_text('[17, 17, 9, 5]')
+    flags = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--input-size', '32', '--num_workers', '0',
+             '--device', 'cpu', '--model-kwargs', 'patch_size=8', 'depth=4', 'embed_dim=24']
+    flags += ['--output_dir', str(tmp_path)]
+    main.main(parse_args([*flags, '--epochs', '1', '--token-counts', str(tmp_path / 'counts.json')]))
+    trained = capsys.readouterr().out
+    assert 'train_keep_rate' not in log_lines(tmp_path)[0]
+    assert checkpoint(tmp_path)['args']['token_counts'] == (17, 17, 9, 5)
+    flags += ['--resume', str(tmp_path / 'checkpoint.pth'), '--eval', '--token-counts']
+    main.main(parse_args([*flags, '17,17,9,5']))
+    evaluated = capsys.readouterr().out
+    assert accuracy_lines(evaluated) == accuracy_lines(trained) and 'note' not in evaluated
+    main.main(parse_args([*flags, '17,17,9,4']))
+    assert 'trained with token_counts (17, 17, 9, 5), this run has (17, 17, 9, 4)' in capsys.readouterr().out
 
 
 def test_finetune_at_another_resolution(digits_run, tmp_path, capsys):
@@ -384,12 +401,13 @@ def test_speed_and_masks(digits_run, tmp_path, capsys):
     assert 'on the 5 test images' in capsys.readouterr().out
 
 
-def test_pictures_by_one_and_two_processes(image_folder, digits_run, tmp_path):
+def test_pictures_by_one_and_two_processes(image_folder, tmp_path, capsys):
     flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '2', '--visualize_mask',
              '--n_visualization', '7', '--resume', str(tmp_path / 'new.pth')]
     torch.save({'model': main.build_model(parse_args(flags), 3).state_dict()}, tmp_path / 'new.pth')
-    done = [run_main(*flags, '--output_dir', tmp_path / str(processes), processes=processes) for processes in (0, 2)]
-    assert accuracy_lines(done[0].stdout) == accuracy_lines(done[1].stdout) and 'on the 7 test images' in done[0].stdout
+    main.main(parse_args([*flags, '--output_dir', str(tmp_path / '0')]))
+    printed, done = capsys.readouterr().out, run_main(*flags, '--output_dir', tmp_path / '2', processes=2)
+    assert accuracy_lines(done.stdout) == accuracy_lines(printed) and 'on the 7 test images' in printed
     names = sorted(path.name for path in (tmp_path / '0').iterdir())
     assert names == sorted(['grid.png', 'attention.png', *(
         f'img_{i}_{stage}.jpg' for i in range(7) for stage in ('a', 'l0', 'l1', 'l2'))])
@@ -438,7 +456,7 @@ def test_training_on_a_gpu_in_bfloat16(tmp_path):
 def test_compiled_and_channels_last_run(image_folder, tmp_path, compiled_graphs):
     """The run anneals the keep rate, averages the weights, evaluates both models and is resumed."""
     flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '6', '--shrink_epochs', '2', '--drop-path', '0',
-             '--model-ema-decay', '0.5']
+             '--model-ema-decay', '0.5', '--model-kwargs', 'depth=5', '--drop_loc', '1,2,3']
     for name, changes in (('plain', []), ('compiled', ['--compile', '--channels-last', '--test-speed'])):
         for epochs, resume in (('2', []), ('3', ['--resume', str(tmp_path / name / 'checkpoint.pth')])):
             main.main(parse_args([*flags, *changes, '--epochs', epochs, *resume, '--output_dir', str(tmp_path / name)]))

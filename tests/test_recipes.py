@@ -18,7 +18,7 @@ def run_recipe(script, *flags, **variables):
 
 
 def test_recipes_of_the_digits(tmp_path):
-    printed = run_recipe('run_code.sh', '--epochs', '2', '--warmup-epochs', '0', '--shrink_start_epoch', '0',
+    printed = run_recipe('run_code.sh', '--epochs', '1', '--warmup-epochs', '0', '--shrink_start_epoch', '0',
                          logdir=tmp_path / 'a')
     assert '308,042 parameters' in printed and 'on the 360 test images' in printed
     printed = run_recipe('finetune.sh', '--epochs', '1', '--lr', '0', '--min-lr', '0', logdir=tmp_path / 'b',

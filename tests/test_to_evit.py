@@ -280,6 +280,30 @@ def test_uniform_schedule(way):
     assert model.token_counts(1) == 8 * (None,)
 
 
+@pytest.mark.parametrize('way', ['drop', 'fuse', 'merge'])
+def test_token_counts(way):
+    """So many tokens leave each block: those of the calls with `tokens`, where a fused one is one of them."""
+    model = timm.create_model('vit_small_patch14_reg4_dinov2', **SMALL | dict(depth=6, img_size=56)).eval()     # 49 + 5
+    counts, fused = (60, 54, 53, 40, 40, 8), int(way == 'fuse')
+    to_evit(model, fuse_token=way == 'fuse', merge_token=way == 'merge', token_counts=counts)
+    images, left = torch.randn(2, 3, 56, 56), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, output: left.append(output[0].shape[1]))
+    with torch.no_grad():
+        logits, kept = model(images, get_idx=True)
+        assert left == [54, 54, 53, 40, 40, 8]
+        k = None, None, 48 - fused, 35 - fused, None, 3 - fused
+        assert [idx.shape[1] for idx in kept] == [count for count in k if count] and model.token_counts() == k
+        assert torch.equal(model(images, tokens=k), logits)
+        del left[:]
+        model(images, keep_rate=1)                     # the rate of one call has the last word, as ever
+        assert left == 6 * [54]
+    for counts, message in (((54,) * 5, 'each of 6 blocks, not 5'), ((54,) * 5 + (5 + fused,), 'too few')):
+        with pytest.raises(ValueError, match=f'token_counts.*{message}'):
+            to_evit(model, fuse_token=way == 'fuse', token_counts=counts)
+    assert model.token_counts() == k
+
+
 def test_from_evit_of_another_model():
     for model in (torch.nn.Linear(1, 1), VisionTransformer(embed_dim=12, num_heads=2, depth=1)):
         with pytest.raises(ValueError, match='is no EViT'):
