@@ -1,21 +1,21 @@
-"""The process group: how processes meet, reduce tensors, and tell each other to stop or why one failed."""
-import contextlib
+"""The process group: how processes meet, reduce tensors, and agree to stop."""
 import datetime
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
-import sys
 import threading
 import time
-import traceback
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils import DataError, InputError, one_line
+from failures import Failures
+from utils import DataError, InputError
+
+
+NCCL_MARGIN = datetime.timedelta(seconds=10)           # so that `Failures` gives a process up before NCCL aborts
 
 
 def world_size():
@@ -76,15 +76,31 @@ def meet(device, dist_url, rank, world_size, timeout):
     limit = datetime.timedelta(seconds=timeout)
     try:
         store, rank, world_size = next(rendezvous(dist_url, rank, world_size, timeout=limit))
+        if device.type == 'cuda':
+            check_devices(dist.PrefixStore('devices', store), device, rank, world_size, limit)
         dist.init_process_group(
             'nccl' if device.type == 'cuda' else 'gloo', store=dist.PrefixStore('group', store), rank=rank,
-            world_size=world_size, timeout=limit, device_id=device if device.type == 'cuda' else None)
-        Failures.store = dist.PrefixStore('failures', store)
+            world_size=world_size, device_id=device if device.type == 'cuda' else None,
+            timeout=limit if device.type == 'cpu' else limit + NCCL_MARGIN)
+        Failures.group = Failures(dist.PrefixStore('failures', store), rank, world_size, timeout)
+    except dist.DistBackendError as error:
+        raise DataError(f'process {rank} of {world_size}: NCCL did not start: {" ".join(str(error).split())}') from None
     except (RuntimeError, ValueError) as error:
         where = dist_url if dist_url != 'env://' else ':'.join(
             os.environ[name] for name in ('MASTER_ADDR', 'MASTER_PORT'))
         raise DataError(f'process {rank} of {world_size} did not meet the others at {where} within {timeout:g} s: '
                         f'{str(error).splitlines()[0]}') from None
+
+
+def check_devices(store, device, rank, world_size, limit):
+    """Raise InputError if another process has the same GPU, for which NCCL would only give an obscure reason."""
+    store.set(str(rank), str(torch.cuda.get_device_properties(device).uuid))
+    store.wait(list(map(str, range(world_size))), limit)
+    devices = [store.get(str(process)) for process in range(world_size)]
+    same = [str(process) for process in range(world_size) if devices[process] == devices[rank]]
+    if len(same) > 1:
+        raise InputError(f'processes {", ".join(same)} have the same GPU {device}; start one process for each GPU, and '
+                         'let each see all of its machine, or only its own')
 
 
 def parse_device(name):
@@ -146,6 +162,7 @@ def cuda_device(device, in_group):
 def leave_process_group():
     """Wait for the other processes, so that none finds its peers gone, and leave."""
     if dist.is_initialized():
+        Failures.group.leave()
         dist.barrier()
         dist.destroy_process_group()
 
@@ -178,76 +195,6 @@ def share_buffers(model):
     """Copy the buffers of a model from the first process; DDP does so before each step, but not after the last."""
     for buffer in model.buffers():
         broadcast(buffer)
-
-
-# --- Failures -------------------------------------------------------------------------------------------------------
-
-class Failures:
-    """A side channel by which a failing process tells its peers why, as their collectives would only time out."""
-    store = None
-
-    @classmethod
-    def tell(cls, message):
-        """Tell the others why this process fails."""
-        if cls.store:
-            with contextlib.suppress(RuntimeError):                        # process 0, which hosts the store, is gone
-                cls.store.set('cause', f'process {rank()}: {message}')
-
-    @classmethod
-    def cause(cls, error):
-        """Why a collective failed with `error`, as one line; None if the error has another origin.
-
-        This is what a failing process told, or else which processes have not reported within 5 s that they wait too.
-        """
-        if not (cls.store and (isinstance(error, dist.DistError) or re.search('gloo|NCCL', str(error)))):
-            return None
-        try:
-            cls.store.set(f'waits {rank()}', '')
-            silent = list(range(world_size()))
-            for _ in range(50):
-                if cls.store.check(['cause']):
-                    return cls.store.get('cause').decode()
-                silent = [process for process in silent if not cls.store.check([f'waits {process}'])]
-                if not silent:
-                    break
-                time.sleep(0.1)
-        except RuntimeError:
-            silent = [0]
-        if not silent:
-            return f'the processes lost contact: {one_line(error)}'
-        return (f'process {", ".join(map(str, silent))} of {world_size()} ended or no longer answers '
-                f'(waited for as long as --dist-timeout says): {one_line(error)}')
-
-
-def exit_failed(program, error):
-    """End a process that failed: say why, also to the other processes, and do not wait for them.
-
-    An expected failure is one line, printed once; any other error is a traceback. The exit status is 2 for wrong input.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # torch's handler would raise if one more worker died here
-    status, message, cause = 1, one_line(error), Failures.cause(error)
-    if cause:
-        shown, message = rank() == 0, cause
-    elif isinstance(error, ConnectionResetError) or str(error).startswith('DataLoader worker'):
-        # Depending on the moment at which a worker dies, torch reports its death, or only the pipe to it breaks
-        prefix = 'a DataLoader worker died: ' if isinstance(error, ConnectionResetError) else ''
-        shown, message = True, (f'{prefix}{message.strip()} It may have run out of memory: lower --num-workers or '
-                                '--batch-size')
-    elif isinstance(error, (InputError, FloatingPointError, OSError)):
-        status = 2 if isinstance(error, InputError) else 1
-        shown = os.environ.get('LOCAL_RANK', '0') == '0' or isinstance(error, (DataError, OSError))
-    else:
-        traceback.print_exc()
-        shown = False
-    if shown:
-        print(f'{program}: error: {message}', file=sys.stderr)
-    if not cause:
-        Failures.tell(message)
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)                               # leaving the group would wait for the others
-    sys.exit(status)
 
 
 # --- Signals ----------------------------------------------------------------------------------------------------------
@@ -297,6 +244,8 @@ class StopSignal:
             while number := pipe.read(1):                                  # one byte per signal that Python handles
                 if number[0] in self.SIGNALS:
                     first = first or time.monotonic()
+                    if Failures.group:
+                        Failures.group.hurry()
                     if time.monotonic() - first > 0.5:
                         os._exit(128 + number[0])
 

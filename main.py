@@ -19,9 +19,10 @@ from checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, l
 from curve import WAYS, draw_curve, way_of
 from datasets import (DIGITS, INAT_CATEGORIES, Preprocessing, SeededDataset, build_dataset, build_loader,
                       check_same_classes, pretrained_input, spread)
-from distributed import (Stopped, exit_failed, ignore_stop_signals, init_process_group, kill_workers,
-                         leave_process_group, log, rank, world_size)
+from distributed import (Stopped, ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log,
+                         rank, world_size)
 from engine import evaluate
+from failures import exit_failed
 from knn import Neighbours
 from logger import make_output_folder
 from losses import DistillationLoss, build_base_criterion
@@ -71,11 +72,9 @@ def get_args_parser():
     add('--n-visualization', type=positive(int), default=128, help='number of images to visualize')
 
     add = parser.add_argument_group('model').add_argument
-    add('--model', type=timm_model, default='deit_small_patch16_shrink_base',
-        help='a model of models_evit.py or any timm model')
-    add('--pretrained', action='store_true',
-        help="take images as timm's weights of the model do, and start from these weights unless --resume or "
-             '--finetune names others')
+    add('--model', type=timm_model, default='deit_small_patch16_shrink_base', help='of models_evit.py, or any of timm')
+    add('--pretrained', action='store_true', help="take images as timm's weights of the model do, and start from these "
+        'weights unless --resume or --finetune names others')
     add('--model-kwargs', nargs='+', default=[], action='extend', type=key_value, metavar='KEY=VALUE',
         help='more arguments of the model that have no flag, such as patch_size=8 embed_dim=96')
     add('--input-size', type=positive(int), help="pixels (default: 224, with --pretrained the weights')")
@@ -261,10 +260,9 @@ def build_loaders(args, device):
     atexit.register(kill_workers)                      # as they ignore the signal that would end them
     preprocessing = input_of(args)[1]
     options = {name: getattr(args, name) for name in DATASET} | {'preprocessing': preprocessing}
+    options |= {'augment': False} if args.knn else {}
     load = partial(build_loader, device=device, num_workers=args.num_workers, pin_memory=args.pin_mem,
                    channels_last=args.channels_last, worker_init_fn=ignore_stop_signals, preprocessing=preprocessing)
-    if args.knn:
-        options['augment'] = False
     dataset_train = None if evaluates_only(args) and not args.knn else build_dataset(True, **options)
     dataset_val, eval_batch = build_dataset(False, **options), int(1.5 * args.batch_size)
     processes = (world_size(), rank()) if args.dist_eval else (1, 0)

@@ -2,7 +2,8 @@
 
     python docs/token_merging.py --eval --resume CHECKPOINT --keep-rates 0.9 0.7 0.5 … (the flags of main.py)
 
-For each keep rate, every block merges as many tokens as make the GMACs those of `merge_token` at this rate.
+For each keep rate, every block merges as many tokens as make the GMACs those of `merge_token` at this rate; the images/s
+of both are measured with windows in turn.
 """
 import sys
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as program
-from benchmark import macs
+from benchmark import macs, paired_throughput
 from checkpoint import load_checkpoint, load_weights
 from curve import with_way
-from distributed import exit_failed
 from engine import evaluate
-from models_evit import EViT
+from failures import exit_failed
+from models_evit import EViT, to_evit
 from token_reorganization import size_bias
 from utils import InputError, choose_amp_dtype
 
@@ -97,14 +98,16 @@ def main():
     load_weights(model, load_checkpoint(args.resume)['model'], args.resume)
     if not isinstance(model, EViT):
         raise InputError(f'{args.model} is no VisionTransformer of timm, which alone is served here')
-    model = with_way(model.to(device).eval(), 'merge')
+    model, amp_dtype = with_way(model.to(device).eval(), 'merge'), choose_amp_dtype(args.amp_dtype, device)
     for rate in args.keep_rates:
-        gmacs = macs(model, args.input_size, rate)
+        to_evit(model, rate, model.drop_loc, merge_token=True, uniform=model.uniform)
+        gmacs = macs(model, args.input_size)
         merging = TokenMerging(model, reductions_of(model, gmacs, args.input_size))
+        theirs, ours = paired_throughput([merging, model], args.input_size, args.batch_size, device, amp_dtype,
+                                         windows=15, window_seconds=0.3)
         print(f'keep rate {rate}: {gmacs:.4f} GMACs; Token Merging {merging.reductions}: '
-              f'{macs(merging, args.input_size):.4f} GMACs', flush=True)
-        evaluate(merging, loader, device=device, amp_dtype=choose_amp_dtype(args.amp_dtype, device),
-                 print_freq=args.print_freq)
+              f'{macs(merging, args.input_size):.4f} GMACs, {theirs.ratio_to(ours):.3f} times the images/s', flush=True)
+        evaluate(merging, loader, device=device, amp_dtype=amp_dtype, print_freq=args.print_freq)
 
 
 if __name__ == '__main__':

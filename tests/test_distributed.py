@@ -1,14 +1,15 @@
+import datetime
 import os
 import queue
-import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import distributed
-from distributed import Failures, StopSignal, adopt_slurm, exit_failed, init_process_group, world_size
+from distributed import StopSignal, adopt_slurm, check_devices, init_process_group, world_size
 from utils import InputError
 
 
@@ -103,12 +104,15 @@ def test_first_and_second_signal(signum, monkeypatch):
     ('cuda:0', {**TORCHRUN, 'WORLD_SIZE': '4', 'LOCAL_RANK': '2'}, None)])
 def test_gpu_of_the_local_rank(name, variables, expected, environment, monkeypatch):
     environment(variables)
-    joined, chosen = [], []
+    joined, chosen, store = [], [], dist.HashStore()
+    for process in range(4):
+        dist.PrefixStore('devices', store).set(str(process), f'GPU-{process}')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
-    monkeypatch.setattr(distributed, 'rendezvous', lambda *arguments, **options: iter([(dist.HashStore(), 0, 4)]))
-    monkeypatch.setattr(Failures, 'store', None)
+    monkeypatch.setattr(distributed, 'rendezvous', lambda *arguments, **options: iter([(store, 0, 4)]))
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(uuid='GPU-0'))
+    monkeypatch.setattr(distributed, 'Failures', lambda *_: None)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, **kwargs: joined.append(backend))
     if expected is None:
         with pytest.raises(InputError, match='cuda:2 is asked for, but torch sees 2'):
@@ -118,14 +122,25 @@ def test_gpu_of_the_local_rank(name, variables, expected, environment, monkeypat
     assert joined == (['nccl'] if variables else [])
 
 
-@pytest.mark.parametrize('error, status, line', [
-    (InputError('wrong'), 2, 'wrong'), (FloatingPointError('not finite'), 1, 'not finite'),
-    (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), 1,
-     r'DataLoader worker \(pid 7\) is killed by signal: Killed. It may have run out of memory: .*'),
-    (ConnectionResetError(104, 'Connection reset by peer'), 1,
-     r'a DataLoader worker died: \[Errno 104\] Connection reset by peer It may have run out of memory: .*')])
-def test_exit_after_an_expected_failure(error, status, line, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        exit_failed('main.py', error)
-    assert exit_.value.code == status
-    assert re.fullmatch(f'main.py: error: {line}\n', capsys.readouterr().err)
+def test_two_processes_with_one_gpu(monkeypatch):
+    """As of eight processes that each see the same GPU; the first and the third have it here."""
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(uuid='GPU-7'))
+    store = dist.HashStore()
+    for process, uuid in ((1, 'GPU-8'), (2, 'GPU-7')):
+        store.set(str(process), uuid)
+    with pytest.raises(InputError, match='processes 0, 2 have the same GPU cuda:0; start one process for each GPU'):
+        check_devices(store, torch.device('cuda', 0), 0, 3, datetime.timedelta(seconds=1))
+
+
+def test_nccl_that_does_not_start(environment, monkeypatch):
+    """Its own reason is told, all lines of it."""
+    environment(TORCHRUN)
+
+    def fail(*_, **__):
+        raise dist.DistBackendError('NCCL error in: x.cpp:1, unhandled system error\nLast error:\nNo space left on device')
+
+    monkeypatch.setattr(dist, 'init_process_group', fail)
+    with pytest.raises(InputError) as error:
+        init_process_group('cpu', timeout=1)
+    assert str(error.value) == ('process 0 of 1: NCCL did not start: NCCL error in: x.cpp:1, unhandled system error '
+                                'Last error: No space left on device')
