@@ -32,6 +32,8 @@ class DamagedCheckpoint(InputError):
 class CheckpointWriter:
     """Writes checkpoints of a run in a thread, from a copy, while training goes on.
 
+    On a GPU, the copy is made there, and the thread fetches it on a stream of its own, so that training does not wait.
+
     Args:
         folder: Path of the output folder; None to write nothing.
     """
@@ -39,12 +41,21 @@ class CheckpointWriter:
     def __init__(self, folder):
         self.folder = folder
         self.pool, self.pending = ThreadPoolExecutor(1), None
+        self.stream = torch.cuda.Stream() if folder and torch.cuda.is_initialized() else None
 
     def write(self, checkpoint, best=False):
         """Start to write a checkpoint, as `write_checkpoint`; raises OSError if the previous one failed."""
         if self.folder:
             self.wait()
-            self.pending = self.pool.submit(write_checkpoint, copy_to_cpu(checkpoint), self.folder, best)
+            copy = of_tensors(torch.Tensor.clone, checkpoint)
+            if self.stream:
+                self.stream.wait_stream(torch.cuda.current_stream())
+            self.pending = self.pool.submit(self._write, copy, best)
+
+    def _write(self, checkpoint, best):
+        with torch.cuda.stream(self.stream):           # None: no effect
+            checkpoint = of_tensors(torch.Tensor.cpu, checkpoint)
+        write_checkpoint(checkpoint, self.folder, best)
 
     def wait(self):
         """Wait until the last checkpoint is written; raises OSError if that failed."""
@@ -60,13 +71,13 @@ class CheckpointWriter:
             self.wait()
 
 
-def copy_to_cpu(value):
-    """A copy in main memory of the tensors in dicts and sequences."""
+def of_tensors(function, value):
+    """The same dicts and sequences with `function` of the detached tensors in them."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to('cpu', copy=True)
+        return function(value.detach())
     if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-    return type(value)(map(copy_to_cpu, value)) if isinstance(value, (list, tuple)) else value
+        return {key: of_tensors(function, item) for key, item in value.items()}
+    return type(value)(of_tensors(function, item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def write_checkpoint(checkpoint, folder, best=False):

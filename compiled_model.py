@@ -3,6 +3,8 @@ import functools
 import os
 import shlex
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -11,10 +13,16 @@ from utils import InputError
 
 
 def check_compiler(device):
-    """Raise InputError if torch.compile lacks the C++ compiler that it needs on a CPU."""
-    compiler, *_ = shlex.split(os.environ.get('CXX', '')) or ['g++']
-    if device.type == 'cpu' and not shutil.which(compiler):
-        raise InputError('--compile needs a C++ compiler on a CPU; install g++, or name another in CXX')
+    """Raise InputError if torch.compile lacks a compiler: of C++ on a CPU, of C with Python's headers for Triton."""
+    on_cpu = device.type == 'cpu'
+    language, variable, names = ('C++', 'CXX', ['g++']) if on_cpu else ('C', 'CC', ['gcc', 'clang'])
+    if not any(map(shutil.which, shlex.split(os.environ.get(variable, ''))[:1] or names)):
+        raise InputError(f'--compile needs a {language} compiler on a {"CPU" if on_cpu else "GPU"}; install '
+                         f'{names[0]}, or name another in {variable}')
+    scheme = sysconfig.get_default_scheme().replace('posix_local', 'posix_prefix')     # Debian's, as in Triton
+    header = Path(sysconfig.get_path('include', scheme)) / 'Python.h'
+    if not on_cpu and not header.is_file():
+        raise InputError(f'--compile needs {header} on a GPU; install the headers of Python, such as python3-dev')
 
 
 class CompiledModel(nn.Module):
@@ -31,7 +39,7 @@ class CompiledModel(nn.Module):
         model: any timm model; shared, not copied.
         device: torch.device of the model.
     Raises:
-        InputError: the device is a CPU and there is no C++ compiler.
+        InputError: as `check_compiler`.
     """
 
     def __init__(self, model, device):

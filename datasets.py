@@ -277,16 +277,24 @@ class DeviceLoader:
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self.mean, self.std = (torch.tensor(statistic, device=device).view(1, 3, 1, 1)
                                for statistic in (preprocessing.mean, preprocessing.std))
+        self.white = torch.tensor(255., device=device)
+        self.batches = None                            # that `prefetch` has begun
 
     def __len__(self):
         return len(self.loader)
 
+    def prefetch(self):
+        """Begin the next pass: the workers load its first batches until it is iterated over."""
+        self.batches = iter(self.loader)
+
     def __iter__(self):
-        for batch in self.loader:
+        batches, self.batches = self.batches or iter(self.loader), None
+        for batch in batches:
             images, labels = self._to_device(batch)
-            # The operations of ToTensor and Normalize in their order, for the same values to the last bit
+            # The operations of ToTensor and Normalize in their order, for the same values to the last bit. By a number,
+            # CUDA would not divide, but multiply with its reciprocal.
             images = images.to(torch.float32, memory_format=self.memory_format)
-            yield images.div_(255).sub_(self.mean).div_(self.std), labels
+            yield images.div_(self.white).sub_(self.mean).div_(self.std), labels
 
     def _to_device(self, batch):
         if self.stream is None:

@@ -159,6 +159,12 @@ def cuda_device(device, in_group):
     return device
 
 
+def cores_per_process():
+    """How many cores of this machine each of torchrun's processes on it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, cores // max(1, environment_number('LOCAL_WORLD_SIZE', 1)))
+
+
 def leave_process_group():
     """Wait for the other processes, so that none finds its peers gone, and leave."""
     if dist.is_initialized():

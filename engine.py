@@ -118,7 +118,7 @@ def count(logits, labels, loss):
 
 @torch.no_grad()
 def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False, print_freq=50, after_batch=None,
-             name='network'):
+             average=None):
     """Accuracy and cross entropy of a model, in eval mode, over a whole data set; prints them.
 
     Args:
@@ -126,27 +126,34 @@ def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False,
         sharded: the loader yields only this process's share, and the sums over all processes make the figures. If it
             is False, the figures of the first process count for all.
         after_batch: called after each batch, as long as every process has one.
-        name: what the printed line calls the model.
+        average: the moving average of the model, to evaluate on the same batches.
     Returns:
-        Dict of acc1 and acc5 in percent, loss, and the number of images.
+        Dict of acc1 and acc5 in percent, loss, and the number of images; with `average`, ema_acc1 and so on.
     """
-    run = CompiledModel(model, device) if compiled else model
-    totals = torch.zeros(4, dtype=torch.float64, device=device)            # correct at 1, correct at 5, loss, images
+    models = {'': model} if average is None else {'': model, 'ema_': average}
+    runs = [CompiledModel(one, device) if compiled else one for one in models.values()]
+    totals = torch.zeros(len(runs), 4, dtype=torch.float64, device=device)             # of each, see `count`
     progress = Progress('Test:', len(loader), print_freq, device)
     if sharded:
-        share_buffers(model)
+        for one in models.values():
+            share_buffers(one)
     common_batches = int(all_reduce(torch.tensor(len(loader), device=device), dist.ReduceOp.MIN))
-    with eval_mode(run):
+    with eval_mode(*runs):
         for images, labels in loader:
-            with autocast(device, amp_dtype):
-                logits = run(images).float()                               # (B, C)
-            loss = F.cross_entropy(logits, labels)
-            totals += count(logits, labels, loss)
-            progress.add_batch(loss, len(images))
+            losses = []
+            for run, sums in zip(runs, totals):
+                with autocast(device, amp_dtype):
+                    logits = run(images).float()                           # (B, C)
+                losses.append(F.cross_entropy(logits, labels))
+                sums += count(logits, labels, losses[-1])
+            progress.add_batch(losses[0], len(images))
             if after_batch is not None and progress.step <= common_batches:
                 after_batch()
-    correct1, correct5, loss_sum, num_images = (all_reduce(totals) if sharded else broadcast(totals)).tolist()
-    acc1, acc5, loss = 100 * correct1 / num_images, 100 * correct5 / num_images, loss_sum / num_images
-    log(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
-    log(f'Accuracy of the {name} on the {int(num_images)} test images: {acc1:.2f}%')
-    return {'acc1': acc1, 'acc5': acc5, 'loss': loss, 'images': int(num_images)}
+    stats = {}
+    for prefix, sums in zip(models, (all_reduce(totals) if sharded else broadcast(totals)).tolist()):
+        correct1, correct5, loss_sum, images = sums
+        acc1, acc5, loss = 100 * correct1 / images, 100 * correct5 / images, loss_sum / images
+        log(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
+        log(f'Accuracy of the {prefix.upper().replace("_", " ")}network on the {int(images)} test images: {acc1:.2f}%')
+        stats |= {f'{prefix}acc1': acc1, f'{prefix}acc5': acc5, f'{prefix}loss': loss, f'{prefix}images': int(images)}
+    return stats

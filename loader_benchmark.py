@@ -27,7 +27,7 @@ from benchmark import add_protocol_arguments, device_name, synchronize, time_in_
 from datasets import Preprocessing, SeededDataset, build_dataset, build_loader, pretrained_input
 from lmdb_dataset import ImageFolderLMDB
 from samplers import EvalSampler, TrainSampler
-from utils import InputError, allow_fast_kernels, one_line
+from utils import InputError, choose_kernels, one_line
 
 # The training transform of DeiT (Touvron et al., 2021, table 9)
 AUGMENTATION = dict(color_jitter=0.4, aa='rand-m9-mstd0.5-inc1')
@@ -244,7 +244,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Run the program."""
     args = parse_args(argv)
-    allow_fast_kernels(args.device)
+    choose_kernels(args.device)
     protocol = LoadingProtocol(args.input_size, args.batch_size, args.device, args.num_workers, args.windows,
                                args.window_seconds, args.preprocessing)
     measure_loading(args.data_path, protocol)

@@ -4,7 +4,7 @@ The same path serves a CPU, one GPU and, started by torchrun or srun, many GPUs.
 """
 import argparse
 import atexit
-import os
+import copy
 import signal
 import sys
 from functools import partial
@@ -19,8 +19,8 @@ from checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, l
 from curve import WAYS, draw_curve, way_of
 from datasets import (DIGITS, INAT_CATEGORIES, Preprocessing, SeededDataset, build_dataset, build_loader,
                       check_same_classes, pretrained_input, spread)
-from distributed import (Stopped, ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log,
-                         rank, world_size)
+from distributed import (Stopped, cores_per_process, ignore_stop_signals, init_process_group, kill_workers,
+                         leave_process_group, log, rank, world_size)
 from engine import evaluate
 from failures import exit_failed
 from knn import Neighbours
@@ -30,7 +30,7 @@ from model_factory import create_model
 from models_evit import VARIANTS
 from samplers import EvalSampler, TrainSampler
 from trainer import Trainer
-from utils import InputError, allow_fast_kernels, choose_amp_dtype, seed_all
+from utils import InputError, choose_amp_dtype, choose_kernels, seed_all
 from visualize_mask import visualize
 
 SCHEDULE_DEFAULTS = {'base_keep_rate': 0.7, 'drop_loc': None, 'keep_schedule': 'stages', 'shrink_start_epoch': 10,
@@ -85,8 +85,7 @@ def get_args_parser():
     add('--channels-last', action='store_true', help='channels-last memory format')
     add('--model-ema', action=on_off, default=True, help='keep an exponential moving average of the weights')
     add('--model-ema-decay', type=share, default=0.99996, help='decay of the moving average')
-    add('--model-ema-force-cpu', action='store_true',
-        help='keep the moving average in main memory; while training on a GPU it is not evaluated then')
+    add('--model-ema-force-cpu', action='store_true', help='keep it in main memory, without evaluations while training')
 
     add = parser.add_argument_group('optimizer').add_argument
     add('--opt', default='adamw', help='name of a timm optimizer')
@@ -131,7 +130,7 @@ def get_args_parser():
     add('--cutmix-minmax', type=share, nargs=2, help='minimum and maximum ratio of cutmix, instead of alpha')
     add('--mixup-prob', type=share, default=1.0, help='probability of mixup or cutmix per batch')
     add('--mixup-switch-prob', type=share, default=0.5, help='probability of cutmix if both are on')
-    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='mix per batch, pair or element')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='batch: without waiting for a GPU')
 
     add = parser.add_argument_group('distillation').add_argument
     add('--teacher-model', type=timm_model, default='regnety_160', help='name of a timm model')
@@ -151,7 +150,7 @@ def get_args_parser():
     add('--nb-classes', type=positive(int), default=1000,
         help='number of classes of an LMDB database of the original code, which does not store it')
     add('--inat-category', default='name', choices=INAT_CATEGORIES, help='rank that makes a class')
-    add('--num-workers', type=count, default=min(10, os.cpu_count()), help='processes that load data')
+    add('--num-workers', type=count, default=cores_per_process(), help='processes that load data, for each process')
     add('--pin-mem', action=on_off, default=True, help='copy batches to a GPU from pinned memory')
 
     add = parser.add_argument_group('run').add_argument
@@ -160,6 +159,7 @@ def get_args_parser():
     add('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16', 'float32'],
         help='auto: bfloat16 on a GPU that supports it, else float16; float32 on a CPU')
     add('--seed', type=count, default=0, help='random seed')
+    add('--deterministic', action='store_true', help='on a GPU, only kernels that repeat their results to the last bit')
     add('--resume', default='', metavar='CHECKPOINT',
         help='file or https address to continue from; auto: the newest of the output folder, if it has one')
     add('--checkpoint-interval', type=positive(int), default=500,
@@ -315,7 +315,7 @@ def main(args):
     device = init_process_group(args.device, args.dist_url, args.world_size, args.dist_timeout)
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    allow_fast_kernels(device)
+    choose_kernels(device, args.deterministic)
     seed_all(args.seed)
     measure_speed = partial(report_speed, args.model, input_size=args.input_size, output_dir=args.output_dir,
                             batch_size=args.batch_size, device=device, amp_dtype=amp_dtype, compiled=args.compile,
@@ -343,10 +343,10 @@ def main(args):
     if args.keep_rates:
         evaluate_rates(args, model, loader_train, loader_val, device, amp_dtype)
     elif args.eval:
-        evaluate_model(model)
+        average = None
         if args.model_ema and source and checkpoint.get('model_ema'):
-            load_weights(model, checkpoint['model_ema'], f'model_ema of {source}')
-            evaluate_model(model, name='EMA network')
+            load_weights(average := copy.deepcopy(model), checkpoint['model_ema'], f'model_ema of {source}')
+        evaluate_model(model, average=average)
     elif args.visualize_mask:
         images = visualize(model, loader_val, args.n_visualization, args.output_dir or 'visualization', args.batch_size,
                            device, amp_dtype, args.num_workers, args.pin_mem)

@@ -18,6 +18,7 @@ Importing this module registers `VARIANTS`, the EViTs made of DeiTs, with timm::
 import dataclasses
 from functools import partial
 
+import torch
 import torch.nn as nn
 from timm.layers import Mlp
 from timm.models import (build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model)
@@ -25,6 +26,7 @@ from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from position_embedding import ResizedPositions, resize_pos_embed          # noqa: F401, for code that imports it here
 from token_reorganization import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock,
@@ -32,6 +34,10 @@ from token_reorganization import (AttentionRope, EViTAttention, EViTBlock, EViTE
                                   patches_per_token, place_tokens, rates_of_counts, rope_rows, uniform_rate,
                                   weigh_by_size)
 from token_reorganization import class_attention, reorganize_tokens        # noqa: F401, for code that imports them here
+
+
+SAVE_SELECTION = partial(create_selective_checkpoint_contexts, [
+    torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.argmax.default])
 
 
 class TokenReorganization(ResizedPositions):
@@ -110,7 +116,11 @@ class TokenReorganization(ResizedPositions):
             num_tokens = x.shape[1] - self.num_prefix_tokens
             kwargs['rope'] = rope if patches is None else rope_rows(rope, patches[:, :num_tokens])
         block = partial(self.blocks[i], get_idx=True, **kwargs)
-        return checkpoint(block, x) if self.grad_checkpointing else block(x)
+        if not self.grad_checkpointing:
+            return block(x)
+        # A compiled backward pass might round the scores otherwise and, at a near tie, select other tokens
+        saved = {'context_fn': SAVE_SELECTION} if torch.compiler.is_compiling() else {}
+        return checkpoint(block, x, use_reentrant=False, **saved)
 
     def weigh_tokens(self, x, kept, sizes, num_patches):
         """Weigh tokens (B, P + n, C) by their patches, if the head pools by average ('avg') and not all are one patch.

@@ -27,7 +27,7 @@ from benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, ma
 from model_factory import create_model
 from models_evit import VARIANTS, obstacle
 from plain_evit import PlainEViT
-from utils import InputError, allow_fast_kernels, one_line
+from utils import InputError, choose_kernels, one_line
 
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError
 FAILURES = (AssertionError, InputError, RuntimeError, TypeError, ValueError)
@@ -363,7 +363,7 @@ def main(argv=None):
         loader_benchmark.main([argument for argument in argv if argument != '--loader'])
         return 0
     args = parse_args(argv)
-    allow_fast_kernels(args.device)
+    choose_kernels(args.device)
     candidates = [model._replace(input_size=args.input_size or model.input_size) for model in args.models]
     protocol = Protocol(args.input_size, args.batch_size, args.device, getattr(torch, args.amp_dtype), None,
                         args.windows, args.window_seconds, args.compile, train=args.train,

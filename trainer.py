@@ -86,7 +86,8 @@ class Trainer:
         """Train to the last epoch; evaluate, log and save after each. Raises Stopped if a signal ends the run."""
         model = CompiledModel(self.model, self.device) if self.compiled else self.model
         if torch.distributed.is_initialized():
-            model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == 'cuda' else None)
+            model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == 'cuda' else None,
+                                            gradient_as_bucket_view=True)
         start = time.perf_counter()
         if self.epoch >= self.epochs:
             log(f'Nothing is left to train: {self.epoch} of {self.epochs} epochs are done; another run needs another '
@@ -158,10 +159,13 @@ class Trainer:
 
     def evaluate_epoch(self):
         """Evaluate the model and its moving average; → figures for the log."""
-        stats = self.evaluate(self.model, after_batch=self.stop_evaluation)
-        if self.model_ema and next(self.model_ema.module.parameters()).device == self.device:
-            ema_stats = self.evaluate(self.model_ema.module, name='EMA network', after_batch=self.stop_evaluation)
-            stats |= {f'ema_{key}': value for key, value in ema_stats.items()}
+        average = self.model_ema and self.model_ema.module
+        if average and next(average.parameters()).device != self.device:
+            average = None
+        if self.epoch + 1 < self.epochs:               # meanwhile, the workers load the first batches
+            self.loader.sampler.set_epoch(self.epoch + 1)
+            self.loader.prefetch()
+        stats = self.evaluate(self.model, average=average, after_batch=self.stop_evaluation)
         return {f'test_{key}': value for key, value in stats.items() if not key.endswith('images')}
 
     def stop_evaluation(self):

@@ -42,11 +42,14 @@ def seed_all(*key):
         torch.cuda.manual_seed_all(low << 32 | high)
 
 
-def allow_fast_kernels(device):
-    """Enable cuDNN autotuning and, on a GPU, TF32 matrix products."""
-    torch.backends.cudnn.benchmark = True
+def choose_kernels(device, deterministic=False):
+    """Enable cuDNN autotuning and, on a GPU, TF32 matrix products; or only kernels that repeat their results."""
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')        # cuBLAS reads it at its first product
+        torch.use_deterministic_algorithms(True)
 
 
 def choose_amp_dtype(name, device):

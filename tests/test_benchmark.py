@@ -297,6 +297,27 @@ def test_compiled_model_without_a_compiler(train, monkeypatch):
     check_compiler(torch.device('cpu'))
 
 
+def test_what_triton_needs_on_a_gpu(monkeypatch, tmp_path):
+    """A C compiler and Python.h, neither of which a bare image has."""
+    (tmp_path / 'Python.h').touch()
+    monkeypatch.setattr('sysconfig.get_path', lambda name, scheme: str(tmp_path))
+    monkeypatch.setenv('CC', 'no_such_compiler')
+    with pytest.raises(InputError, match='needs a C compiler on a GPU; install gcc, or name another in CC'):
+        check_compiler(torch.device('cuda'))
+    monkeypatch.delenv('CC')
+    for found, known in (('gcc', True), ('clang', True), ('tcc', False)):
+        monkeypatch.setattr('shutil.which', lambda name: name == found)
+        if known:
+            check_compiler(torch.device('cuda'))
+        else:
+            with pytest.raises(InputError, match='C compiler'):
+                check_compiler(torch.device('cuda'))
+    monkeypatch.setattr('shutil.which', lambda name: name == 'gcc')
+    (tmp_path / 'Python.h').unlink()
+    with pytest.raises(InputError, match=r'needs .*Python\.h on a GPU'):
+        check_compiler(torch.device('cuda'))
+
+
 # --- Memory ---------------------------------------------------------------------------------------------------------
 
 def test_peak_memory_beside_other_models(monkeypatch):

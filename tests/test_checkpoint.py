@@ -2,12 +2,13 @@ import argparse
 import errno
 import os
 import shutil
+import threading
 
 import pytest
 import timm
 import torch
 
-from checkpoint import (DamagedCheckpoint, load_checkpoint, load_finetune, load_run, load_weights,
+from checkpoint import (CheckpointWriter, DamagedCheckpoint, load_checkpoint, load_finetune, load_run, load_weights,
                         newest_checkpoint, write_checkpoint)
 from conftest import PLAIN
 from main import build_model, parse_args
@@ -34,6 +35,18 @@ def test_checkpoint_round_trip(tmp_path):
         assert torch.load(tmp_path / name, weights_only=True, mmap=True)['epoch'] == 2
         assert (tmp_path / name).stat().st_mode & 0o002 == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ['best_checkpoint.pth', 'checkpoint.pth']
+
+
+def test_copy_of_the_state_while_training_goes_on(tmp_path, monkeypatch):
+    """The main thread clones the tensors where they are, and waits for no copy to main memory."""
+    threads, to_cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, 'cpu', lambda tensor: threads.append(threading.get_ident()) or to_cpu(tensor))
+    weights = torch.tensor([1.], requires_grad=True)
+    with CheckpointWriter(tmp_path) as writer:
+        writer.write({'model': {'w': weights}, 'args': {'drop_loc': (3, 6)}, 'epoch': 1})
+        weights.data += 1
+    assert weights_of(tmp_path / 'checkpoint.pth') == [1]
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
 
 
 @pytest.mark.parametrize('links', [True, False])

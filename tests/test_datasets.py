@@ -1,6 +1,7 @@
 import io
 import json
 import random
+import time
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from timm.data import create_transform
-from torch.utils.data import DataLoader
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
 import folder2lmdb
@@ -115,6 +117,48 @@ def test_validation_transform():
     crop = np.asarray(resized)[4:60, 20:76] / 255
     expected = (crop - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(normalized([image])[0].permute(1, 2, 0), expected, atol=1e-6)
+
+
+def test_normalization_divides_on_a_gpu_too():
+    """CUDA multiplies with the reciprocal where the divisor is a number, which rounds otherwise."""
+    class Divisors(TorchDispatchMode):
+        seen = []
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if 'div' in str(operation):
+                self.seen.append(args[1])
+            return operation(*args, **kwargs or {})
+
+    with Divisors() as divisors:
+        normalized([torch.zeros(3, 2, 2, dtype=torch.uint8)])
+    assert len(divisors.seen) == 2 and all(isinstance(divisor, torch.Tensor) for divisor in divisors.seen)
+
+
+class Counted(Dataset):
+    """Four samples; counts in all processes how many were read."""
+    reads = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return torch.full((3, 1, 1), index, dtype=torch.uint8), index
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_prefetch(workers):
+    """The workers begin before the pass, which has every batch once; so has the next."""
+    loader = build_loader(Counted(), None, 1, CPU, workers)
+    for _ in range(2):
+        before = int(Counted.reads)
+        loader.prefetch()
+        limit = time.monotonic() + 60
+        while workers and int(Counted.reads) < before + 2:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        assert [int(labels) for _, labels in loader] == [0, 1, 2, 3] and int(Counted.reads) == before + 4
+    assert [int(labels) for _, labels in loader] == [0, 1, 2, 3]
 
 
 # --- The input pipeline ---------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 import distributed
-from distributed import StopSignal, adopt_slurm, check_devices, init_process_group, world_size
+from distributed import (StopSignal, adopt_slurm, check_devices, cores_per_process, init_process_group,
+                         world_size)
 from utils import InputError
 
 
@@ -122,6 +123,16 @@ def test_gpu_of_the_local_rank(name, variables, expected, environment, monkeypat
     assert joined == (['nccl'] if variables else [])
 
 
+def test_cores_per_process(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: set(range(21)), raising=False)
+    for processes, cores in (('', 21), ('8', 2), ('64', 1), ('0', 21)):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+        assert cores_per_process() == cores
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', 'x')
+    with pytest.raises(InputError, match='LOCAL_WORLD_SIZE=x'):
+        cores_per_process()
+
+
 def test_two_processes_with_one_gpu(monkeypatch):
     """As of eight processes that each see the same GPU; the first and the third have it here."""
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(uuid='GPU-7'))
@@ -137,10 +148,10 @@ def test_nccl_that_does_not_start(environment, monkeypatch):
     environment(TORCHRUN)
 
     def fail(*_, **__):
-        raise dist.DistBackendError('NCCL error in: x.cpp:1, unhandled system error\nLast error:\nNo space left on device')
+        raise dist.DistBackendError('NCCL error in: x.cpp:1, unhandled system error\nLast error:\nNo space left')
 
     monkeypatch.setattr(dist, 'init_process_group', fail)
     with pytest.raises(InputError) as error:
         init_process_group('cpu', timeout=1)
     assert str(error.value) == ('process 0 of 1: NCCL did not start: NCCL error in: x.cpp:1, unhandled system error '
-                                'Last error: No space left on device')
+                                'Last error: No space left')

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from conftest import reference
 from engine import evaluate, keep_rate_at, train_one_epoch
@@ -46,6 +46,21 @@ def test_evaluate_against_a_naive_loop(num_classes):
     loss = sum(row.logsumexp(0) - row[label] for row, label in zip(logits.double(), labels)) / 101
     assert stats['loss'] == pytest.approx(loss.item(), rel=1e-6)
     assert stats['images'] == 101 and model.training
+
+
+def test_model_and_average_in_one_pass(capsys):
+    generator = torch.Generator().manual_seed(0)
+    dataset = TensorDataset(torch.randn(40, 3, generator=generator), torch.arange(40) % 3)
+    model, average, batches = Logits(3), Logits(3), []
+    average.scale.data = torch.tensor([1., -1., 0.5])
+    options = dict(device=CPU, amp_dtype=torch.float32)
+    loader = DataLoader(dataset, 16, collate_fn=lambda batch: batches.append(0) or default_collate(batch))
+    both = evaluate(model, loader, average=average, **options)
+    printed = capsys.readouterr().out.splitlines()
+    one, other = (evaluate(single, DataLoader(dataset, 16), **options) for single in (model, average))
+    assert len(batches) == 3 and both == one | {f'ema_{name}': value for name, value in other.items()}
+    assert [line.partition(' on the 40')[0] for line in printed if line.startswith('Accuracy')] == [
+        'Accuracy of the network', 'Accuracy of the EMA network']
 
 
 @pytest.mark.parametrize('sharded', [False, True])

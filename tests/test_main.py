@@ -256,7 +256,7 @@ def test_training_by_one_and_two_processes(image_folder, tmp_path):
              '--dist-eval', '--no-repeated-aug', '--model-ema-decay', '0.5', '--data-set', 'IMNET', '--smoothing', '0']
     main.main(parse_args([*flags, '--batch-size', '8', '--output_dir', str(tmp_path / '1')]))
     done = run_main(*flags, '--batch-size', '4', '--output_dir', tmp_path / '2', processes=2)
-    assert done.stdout.count('2 process(es) on cpu') == 1 and len(accuracy_lines(done.stdout)) == 2 * 4    # printed once
+    assert done.stdout.count('2 process(es) on cpu') == 1 and len(accuracy_lines(done.stdout)) == 2 * 4
     one, two = (checkpoint(tmp_path / name) for name in '12')
     for part in ('model', 'model_ema'):
         for key, value in one[part].items():

@@ -1,10 +1,13 @@
 import math
+import re
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from functorch.compile import (aot_module_simplified, make_boxed_func,
+                               min_cut_rematerialization_partition)
 
 import models_evit
 from compiled_model import CompiledModel
@@ -385,6 +388,27 @@ def test_compiled_gradient_checkpointing(compiled_graphs):
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('way', ['fuse_token', 'merge_token'])
+def test_compiled_backward_pass_selects_no_tokens_anew(way):
+    """With checkpointing it computes the scores again, maybe with another rounding, but takes the selection over."""
+    operations = []
+
+    def backend(graph, inputs):
+        def compile_pass(graph, inputs):
+            operations.append([str(node.target) for node in graph.graph.nodes])
+            return make_boxed_func(graph.forward)
+
+        return aot_module_simplified(graph, inputs, fw_compiler=compile_pass, bw_compiler=compile_pass,
+                                     partition_fn=min_cut_rematerialization_partition)
+
+    model = tiny(depth=4, drop_loc=(1, 2), **{way: True})
+    model.set_grad_checkpointing()
+    torch.compile(model, fullgraph=True, backend=backend)(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    selections = [[name for name in names if re.search(r'aten\.(topk|sort|argmax)', name)] for names in operations]
+    assert len(selections[0]) == (2 if way == 'fuse_token' else 4) and selections[1] == []
+    assert 'aten._scaled_dot_product_flash_attention_for_cpu.default' in operations[1]      # is computed again
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])

@@ -1,10 +1,11 @@
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from utils import atomic_write, one_line, seed_all
+from utils import atomic_write, choose_kernels, one_line, seed_all
 
 
 def draws():
@@ -20,6 +21,19 @@ def test_seed_all():
     different = [drawn(*key) for key in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 2, 1))]
     for values in zip(*different, strict=True):
         assert len(set(values)) == 4                 # in each of the three generators
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_deterministic_kernels(deterministic, monkeypatch):
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
+    before = torch.backends.cudnn.benchmark
+    try:
+        choose_kernels(torch.device('cpu'), deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic != torch.backends.cudnn.benchmark
+        assert ('CUBLAS_WORKSPACE_CONFIG' in os.environ) == deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = before
 
 
 @pytest.mark.parametrize('message, line', [
