@@ -68,7 +68,7 @@ class Neighbours:
                 with autocast(device, amp_dtype):
                     features = models[way].forward_features(images, rate)[:, 0]        # (B, C)
                 bank[start:stop:world_size()] = F.normalize(features.float(), dim=1)
-            progress.add_batch(torch.zeros((), device=device), len(images))
+            progress.add_batch(None, len(images))
             start = stop
         for tensor in (self.labels, *self.banks.values()):
             all_reduce(tensor)                         # the others' rows are zero

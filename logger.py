@@ -62,10 +62,11 @@ class Progress:
                 'values': self.values}
 
     def add_batch(self, loss, num_images, counts=True, **values):
-        """Add a batch: its mean loss (a 0-d tensor), its size, whether the figures count it, values to print."""
+        """Add a batch: its mean loss (a 0-d tensor, or None), its size, whether the figures count it, values to print."""
         self.step += 1
         if counts:
             self.images += num_images * self.world_size
+        if counts and loss is not None:
             self.loss_sum += loss * num_images
             self.first_broken = self.first_broken.where(loss.isfinite() | (self.first_broken < self.step), self.step)
         self.values = values
@@ -92,14 +93,17 @@ class Progress:
         return mean
 
     def _print_line(self, loss):
-        loss = loss.double() / self.world_size
-        loss = (all_reduce(loss) if self.lockstep else loss).item()
+        losses = []
+        if loss is not None:
+            loss = loss.double() / self.world_size
+            loss = (all_reduce(loss) if self.lockstep else loss).item()
+            losses = [f'loss: {loss:.4f} ({self.mean_loss():.4f})']
         now = time.perf_counter()
         seconds = (now - self.start) / (self.step - self.start_step) * (self.num_steps - self.step)
         speed = (self.images - self.last_images) / (now - self.last_time)
         self.last_time, self.last_images = now, self.images
         parts = [f'{self.title} [{self.step:{len(str(self.num_steps))}}/{self.num_steps}]',
-                 f'eta: {datetime.timedelta(seconds=round(seconds))}', f'loss: {loss:.4f} ({self.mean_loss():.4f})',
+                 f'eta: {datetime.timedelta(seconds=round(seconds))}', *losses,
                  *(f'{key}: {value:.4g}' for key, value in self.values.items()), f'images/s: {speed:.0f}']
         if self.device.type == 'cuda':
             parts.append(f'memory: {torch.cuda.max_memory_allocated(self.device) / 2 ** 20:.0f} MiB')
