@@ -85,7 +85,7 @@ def get_args_parser():
     add('--channels-last', action='store_true', help='channels-last memory format')
     add('--model-ema', action=on_off, default=True, help='keep an exponential moving average of the weights')
     add('--model-ema-decay', type=share, default=0.99996, help='decay of the moving average')
-    add('--model-ema-force-cpu', action='store_true', help='keep it in main memory, without evaluations while training')
+    add('--model-ema-force-cpu', action='store_true', help='keep it in main memory; from a GPU, it is not evaluated')
 
     add = parser.add_argument_group('optimizer').add_argument
     add('--opt', default='adamw', help='name of a timm optimizer')

@@ -57,8 +57,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.model_ema = None
         if args.model_ema:
-            ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
-            self.model_ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
+            self.model_ema = (EmaInMainMemory if args.model_ema_force_cpu else ModelEmaV3)(model, args.model_ema_decay)
         self.epoch, self.progress, self.best_acc1 = args.start_epoch, None, 0.
 
         self.args = vars(args)                         # for the checkpoint
@@ -253,6 +252,26 @@ class Trainer:
             self.lr_scheduler.restore_lr = scheduler.get('restore_lr')
         elif self.epoch:
             self.lr_scheduler.step(self.epoch - 1)
+
+
+class EmaInMainMemory(ModelEmaV3):
+    """timm's moving average, kept in main memory. An update waits once for the device, not for each tensor."""
+
+    def __init__(self, model, decay):
+        super().__init__(model, decay, device=torch.device('cpu'))
+        self.staging = [torch.empty_like(value, pin_memory=torch.cuda.is_initialized())
+                        for value in self.module.state_dict().values()]
+
+    def apply_update_(self, model, decay):
+        for value, new in zip(self.staging, model.state_dict().values()):
+            value.copy_(new, non_blocking=True)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        for average, new in zip(self.module.state_dict().values(), self.staging):
+            if average.is_floating_point():
+                average.lerp_(new, 1 - decay)
+            else:
+                average.copy_(new)
 
 
 def build_optimizer(args, model):

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 
 import main
 import trainer
@@ -16,7 +17,7 @@ from engine import keep_rate_at
 from main import parse_args
 from outputs import assert_same, checkpoint, events, log_lines, result
 from samplers import TrainSampler
-from trainer import Trainer
+from trainer import EmaInMainMemory, Trainer
 from utils import InputError, choose_amp_dtype, seed_all
 
 CPU = torch.device('cpu')
@@ -229,6 +230,23 @@ def test_moving_average(digits_run):
     state = checkpoint(digits_run[1])
     model, ema = (state[key]['blocks.5.mlp.fc1.weight'] for key in ('model', 'model_ema'))
     assert 0 < (ema - start).norm() < 0.01 * (model - start).norm()
+
+
+def test_moving_average_in_main_memory():
+    """That of timm, also of buffers that are integers."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    averages = [kind(model, 0.9) for kind in (ModelEmaV3, EmaInMainMemory)]
+    for _ in range(3):
+        model(torch.randn(5, 3)).sum().backward()
+        model[0].weight.data += model[0].weight.grad
+        for average in averages:
+            average.update(model)
+    one, other = (average.module.state_dict() for average in averages)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value)
+    assert one['1.num_batches_tracked'] == 3 and not torch.equal(one['0.weight'], model[0].weight)
+    args = parse_args([*PLAIN, '--model-ema-force-cpu'])
+    assert type(build_trainer(args).model_ema) is EmaInMainMemory
 
 
 def test_grad_checkpointing_and_accumulation_flags():
