@@ -12,13 +12,13 @@ from functools import partial
 import torch
 from timm.data import Mixup
 
-from arguments import (ArgumentParser, HelpFormatter, block_numbers, count, key_value, non_negative, positive, rate,
-                       share, timm_model, token_counts, with_dashes, within)
+from arguments import (ArgumentParser, HelpFormatter, count, non_negative, positive, rate, share, timm_model,
+                       with_dashes, within)
 from benchmark import report_speed
 from checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights
 from curve import WAYS, draw_curve, way_of
-from datasets import (DIGITS, INAT_CATEGORIES, Preprocessing, SeededDataset, build_dataset, build_loader,
-                      check_same_classes, pretrained_input, spread)
+from datasets import (DIGITS, INAT_CATEGORIES, SeededDataset, build_dataset, build_loader, check_same_classes,
+                      spread)
 from distributed import (Stopped, cores_per_process, ignore_stop_signals, init_process_group, kill_workers,
                          leave_process_group, log, rank, world_size)
 from engine import evaluate
@@ -26,16 +26,14 @@ from failures import exit_failed
 from knn import Neighbours
 from logger import make_output_folder
 from losses import DistillationLoss, build_base_criterion
-from model_factory import create_model
-from models_evit import VARIANTS
+from model_factory import (TOKEN_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
+                           token_settings)
 from samplers import EvalSampler, TrainSampler
 from trainer import Trainer
 from utils import InputError, choose_amp_dtype, choose_kernels, seed_all
 from visualize_mask import visualize
 
-SCHEDULE_DEFAULTS = {'base_keep_rate': 0.7, 'drop_loc': None, 'keep_schedule': 'stages', 'shrink_start_epoch': 10,
-                     'shrink_epochs': 0}               # of which tokens are kept; --token-counts takes their place
-TOKEN_DEFAULTS = SCHEDULE_DEFAULTS | {'fuse_token': False, 'merge_token': False, 'token_counts': None}
+SHRINK_DEFAULTS = {'shrink_start_epoch': 10, 'shrink_epochs': 0}
 DATASET = ('data_set', 'data_path', 'use_lmdb', 'nb_classes', 'inat_category', 'input_size', 'fast_resize',
            'color_jitter', 'aa', 'train_interpolation')
 LOGGED_MASKS = 8
@@ -47,19 +45,10 @@ def get_args_parser():
     parser = ArgumentParser(description='EViT: training and evaluation', allow_abbrev=False,
                             formatter_class=HelpFormatter)
     on_off = argparse.BooleanOptionalAction
-    add = parser.add_argument_group('tokens (one of these flags makes an EViT of a model of timm)').add_argument
-    add('--base-keep-rate', type=rate, help='fraction of tokens that a reorganising block keeps (default: of the '
-        'model, or 0.7)')
-    add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (default: off)')
-    add('--merge-token', action=on_off, help='merge each of them into the most similar kept token (default: off)')
-    add('--drop-loc', type=block_numbers, help='numbers of the blocks that reorganise tokens, from 0 (default: '
-        'depth/4, depth/2, 3·depth/4)')
-    add('--keep-schedule', choices=['stages', 'uniform'], help='in these blocks (default), or spread over all blocks')
-    add('--token-counts', type=token_counts, metavar='N,N,…|FILE.json', help='instead of rate and blocks: how many '
-        'tokens leave each block, the class token included')
+    tokens, model = add_model_arguments(parser)
+    add = tokens.add_argument
     add('--shrink-start-epoch', type=count, help='epoch in which the keep rate starts to fall from 1 (default: 10)')
     add('--shrink-epochs', type=count, help='epochs in which it falls to the base keep rate (default: 0)')
-
     add = parser.add_argument_group('modes').add_argument
     add('--eval', action='store_true', help='evaluate a checkpoint and exit')
     add('--keep-rates', nargs='+', type=rate, help='with --eval: accuracy and speed at each of these keep rates')
@@ -71,13 +60,7 @@ def get_args_parser():
     add('--visualize-mask', action='store_true', help='write pictures of the kept patches and exit')
     add('--n-visualization', type=positive(int), default=128, help='number of images to visualize')
 
-    add = parser.add_argument_group('model').add_argument
-    add('--model', type=timm_model, default='deit_small_patch16_shrink_base', help='of models_evit.py, or any of timm')
-    add('--pretrained', action='store_true', help="take images as timm's weights of the model do, and start from these "
-        'weights unless --resume or --finetune names others')
-    add('--model-kwargs', nargs='+', default=[], action='extend', type=key_value, metavar='KEY=VALUE',
-        help='more arguments of the model that have no flag, such as patch_size=8 embed_dim=96')
-    add('--input-size', type=positive(int), help="pixels (default: 224, with --pretrained the weights')")
+    add = model.add_argument
     add('--drop', type=share, default=0.0, help='dropout rate of the head')
     add('--drop-path', type=within(0, 0.99), default=0.1, help='stochastic depth rate')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
@@ -185,34 +168,19 @@ def parse_args(argv, parser=None):
     """
     parser = parser or get_args_parser()
     args = parser.parse_args([with_dashes(text) if text.startswith('--') else text for text in argv])
-    args.model_kwargs = dict(args.model_kwargs)
     if args.data_set is None:
         args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
-    input_size, preprocessing = input_of(args)
-    defaults = {'input_size': input_size, 'train_interpolation': preprocessing.interpolation}
-    given = [name for name in TOKEN_DEFAULTS if getattr(args, name) is not None]
-    clash = [name for name in ('keep_rates', 'knn', *SCHEDULE_DEFAULTS) if getattr(args, name) is not None]
-    if args.token_counts and clash:
-        parser.error(f'--token-counts takes no --{clash[0].replace("_", "-")}')
-    evit = args.model in VARIANTS or bool(given)
-    if evit or args.keep_rates or args.knn:
-        defaults |= TOKEN_DEFAULTS
-    if args.model in VARIANTS:
-        defaults |= {'base_keep_rate': VARIANTS[args.model].keep_rate, 'drop_loc': (3, 6, 9)}
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    is_evit = fill_model_arguments(args, parser, TOKEN_DEFAULTS | SHRINK_DEFAULTS,
+                                   without=('keep_rates', 'knn', *SHRINK_DEFAULTS),
+                                   as_evit=bool(args.keep_rates or args.knn))
+    if args.train_interpolation is None:
+        args.train_interpolation = input_of(args)[1].interpolation
     if args.knn and not args.keep_rates:
-        args.keep_rates = [args.base_keep_rate if evit else 1.]
+        args.keep_rates = [args.base_keep_rate if is_evit else 1.]
     for wrong, message in wrong_combinations(args):
         if wrong:
             parser.error(message)
     return args
-
-
-def input_of(args):
-    """The side of the images in pixels and their `Preprocessing`: those of timm's weights, or DeiT's."""
-    return pretrained_input(args.model) if args.pretrained else (224, Preprocessing())
 
 
 def evaluates_only(args):
@@ -285,15 +253,10 @@ def build_loaders(args, device):
 
 def build_model(args, num_classes, pretrained=False):
     """The model on the CPU, with new weights or timm's."""
-    tokens = None
-    if args.base_keep_rate is not None:
-        tokens = {name: getattr(args, name)
-                  for name in ('base_keep_rate', 'drop_loc', 'fuse_token', 'merge_token', 'token_counts')}
-        tokens['uniform'] = args.keep_schedule == 'uniform'
-    return create_model(args.model, pretrained=pretrained, new_head=not args.eval or bool(args.knn), tokens=tokens,
-                        input_size=args.input_size, grad_checkpointing=args.grad_checkpointing,
-                        model_kwargs=args.model_kwargs, num_classes=num_classes, drop_rate=args.drop,
-                        drop_path_rate=args.drop_path)
+    return create_model(args.model, pretrained=pretrained, new_head=not args.eval or bool(args.knn),
+                        tokens=token_settings(args), input_size=args.input_size,
+                        grad_checkpointing=args.grad_checkpointing, model_kwargs=args.model_kwargs,
+                        num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
 def build_criterion(args, num_classes, device):

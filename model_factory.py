@@ -1,10 +1,17 @@
-"""Models by name: timm's, as they are or turned into an EViT."""
+"""Models by name: timm's, as they are or turned into an EViT, and the flags that name them."""
+import argparse
+
 import timm
 from timm.layers import to_2tuple
 
+from arguments import block_numbers, key_value, positive, rate, timm_model, token_counts
+from datasets import Preprocessing, pretrained_input
 from distributed import log
-from models_evit import to_evit
+from models_evit import VARIANTS, to_evit
 from utils import InputError, one_line
+
+SCHEDULE_DEFAULTS = {'base_keep_rate': 0.7, 'drop_loc': None, 'keep_schedule': 'stages'}      # or --token-counts
+TOKEN_DEFAULTS = SCHEDULE_DEFAULTS | {'fuse_token': False, 'merge_token': False, 'token_counts': None}
 
 # Arguments of timm's models that follow from flags or from the data
 RESERVED = {'num_classes', 'drop_rate', 'drop_path_rate', 'img_size', 'in_chans', 'pretrained', 'checkpoint_path',
@@ -85,3 +92,67 @@ def explain_new_head(name, known, num_classes, new_head):
     if not new_head:
         raise InputError(f'--eval --pretrained: {message}; finetune them first')
     log(f'note: {message}: the head is new')
+
+
+# --- Flags ----------------------------------------------------------------------------------------------------------
+
+def add_model_arguments(parser):
+    """Add the flags of tokens and model; → the two groups."""
+    tokens = parser.add_argument_group('tokens (one of these flags makes an EViT of a model of timm)')
+    add, on_off = tokens.add_argument, argparse.BooleanOptionalAction
+    add('--base-keep-rate', type=rate, help='fraction of tokens that a reorganising block keeps (default: of the '
+        'model, or 0.7)')
+    add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (default: off)')
+    add('--merge-token', action=on_off, help='merge each of them into the most similar kept token (default: off)')
+    add('--drop-loc', type=block_numbers, help='numbers of the blocks that reorganise tokens, from 0 (default: '
+        'depth/4, depth/2, 3·depth/4)')
+    add('--keep-schedule', choices=['stages', 'uniform'], help='in these blocks (default), or spread over all blocks')
+    add('--token-counts', type=token_counts, metavar='N,N,…|FILE.json', help='instead of rate and blocks: how many '
+        'tokens leave each block, the class token included')
+    model = parser.add_argument_group('model')
+    add = model.add_argument
+    add('--model', type=timm_model, default='deit_small_patch16_shrink_base', help='of models_evit.py, or any of timm')
+    add('--pretrained', action='store_true', help="take images as timm's weights of the model do, and start from these "
+        'weights unless others are named')
+    add('--model-kwargs', nargs='+', default=[], action='extend', type=key_value, metavar='KEY=VALUE',
+        help='more arguments of the model that have no flag, such as patch_size=8 embed_dim=96')
+    add('--input-size', type=positive(int), help="pixels (default: 224, with --pretrained the weights')")
+    return tokens, model
+
+
+def fill_model_arguments(args, parser, defaults=TOKEN_DEFAULTS, without=(), as_evit=False):
+    """Complete the flags of `add_model_arguments`; → whether they ask for an EViT.
+
+    Args:
+        args: the Namespace.
+        parser: for errors.
+        defaults: of the flags that make an EViT.
+        without: names of flags that do not go with --token-counts.
+        as_evit: whether the model becomes an EViT without such a flag, too.
+    """
+    args.model_kwargs = dict(args.model_kwargs)
+    given = [name for name in defaults if getattr(args, name) is not None]
+    clash = [name for name in (*SCHEDULE_DEFAULTS, *without) if getattr(args, name) is not None]
+    if args.token_counts and clash:
+        parser.error(f'--token-counts takes no --{clash[0].replace("_", "-")}')
+    is_evit = args.model in VARIANTS or bool(given)
+    filled = dict(defaults) if is_evit or as_evit else {}
+    if args.model in VARIANTS:
+        filled |= {'base_keep_rate': VARIANTS[args.model].keep_rate, 'drop_loc': (3, 6, 9)}
+    for name, default in (filled | {'input_size': input_of(args)[0]}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    return is_evit
+
+
+def input_of(args):
+    """The side of the images in pixels and their `Preprocessing`: those of timm's weights, or DeiT's."""
+    return pretrained_input(args.model) if args.pretrained else (224, Preprocessing())
+
+
+def token_settings(args):
+    """The arguments of `to_evit`; None if the model is no EViT."""
+    if args.base_keep_rate is None:
+        return None
+    names = 'base_keep_rate', 'drop_loc', 'fuse_token', 'merge_token', 'token_counts'
+    return {name: getattr(args, name) for name in names} | {'uniform': args.keep_schedule == 'uniform'}
