@@ -17,12 +17,12 @@ def check_compiler(device):
     on_cpu = device.type == 'cpu'
     language, variable, names = ('C++', 'CXX', ['g++']) if on_cpu else ('C', 'CC', ['gcc', 'clang'])
     if not any(map(shutil.which, shlex.split(os.environ.get(variable, ''))[:1] or names)):
-        raise InputError(f'--compile needs a {language} compiler on a {"CPU" if on_cpu else "GPU"}; install '
+        raise InputError(f'torch.compile needs a {language} compiler on a {"CPU" if on_cpu else "GPU"}; install '
                          f'{names[0]}, or name another in {variable}')
     scheme = sysconfig.get_default_scheme().replace('posix_local', 'posix_prefix')     # Debian's, as in Triton
     header = Path(sysconfig.get_path('include', scheme)) / 'Python.h'
     if not on_cpu and not header.is_file():
-        raise InputError(f'--compile needs {header} on a GPU; install the headers of Python, such as python3-dev')
+        raise InputError(f'torch.compile needs {header} on a GPU; install the headers of Python, such as python3-dev')
 
 
 class CompiledModel(nn.Module):

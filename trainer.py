@@ -60,7 +60,8 @@ class Trainer:
             self.model_ema = (EmaInMainMemory if args.model_ema_force_cpu else ModelEmaV3)(model, args.model_ema_decay)
         self.epoch, self.progress, self.best_acc1 = args.start_epoch, None, 0.
 
-        self.args = vars(args)                         # for the checkpoint
+        self.args = vars(args)                         # for the checkpoint, as are the names of the classes
+        self.classes = loader_train and loader_train.dataset.dataset.classes
         self.epochs, self.eval_interval, self.checkpoint_interval = (
             args.epochs, args.eval_interval, args.checkpoint_interval)
         self.batch_size, self.accum_steps = args.batch_size, args.accum_steps
@@ -213,6 +214,7 @@ class Trainer:
             'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
             'scaler': self.scaler.state_dict(),
             'best_acc1': self.best_acc1,
+            'classes': self.classes,
             'args': self.args,
         }
 

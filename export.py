@@ -1,0 +1,281 @@
+"""Export a model to a file that other runtimes load: ONNX, torch.export, or an AOTInductor package.
+
+    python export.py --resume /runs/evit07/checkpoint.pth --format onnx --output evit07.onnx
+
+The flags of the model are those of main.py; what is not given is read from the checkpoint. The file is loaded and compared
+with the model before it gets its name. docs/export.md shows how to use it.
+"""
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+
+from arguments import ArgumentParser, HelpFormatter, block_numbers, positive, with_dashes
+from checkpoint import load_checkpoint, load_weights
+from compiled_model import check_compiler
+from datasets import DIGITS
+from distributed import cuda_device, parse_device
+from failures import exit_failed
+from model_factory import SCHEDULE_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of
+from model_factory import token_settings
+from token_reorganization import patches_after
+from utils import InputError, one_line
+
+SUFFIXES = {'onnx': '.onnx', 'pt2': '.pt2', 'aoti': '.pt2'}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}           # of the logits
+
+
+# --- Command line ---------------------------------------------------------------------------------------------------
+
+def get_args_parser():
+    parser = ArgumentParser(description='EViT: export', allow_abbrev=False, formatter_class=HelpFormatter)
+    _, model = add_model_arguments(parser)
+    model.set_defaults(model=None)
+    add = model.add_argument
+    add('--resume', metavar='CHECKPOINT', help='file or https address of the weights')
+    add('--ema', action='store_true', help='take the moving average of the weights')
+    add = parser.add_argument_group('file').add_argument
+    add('--format', required=True, choices=[*SUFFIXES], help='pt2: of torch.export; aoti: of AOTInductor, '
+        'compiled for the device')
+    add('--output', required=True, metavar='FILE', type=Path, help='written when it is complete')
+    add('--batch-size', type=positive(int), help='only batches of so many images (default: of any number)')
+    add('--normalize', nargs='?', const='bytes', choices=['bytes', 'floats'],
+        help='the file normalises the images itself: RGB bytes, or floats from 0 to 1')
+    add('--features', action='store_true', help='leave the head out: the output is the pooled features')
+    add('--kept', action='store_true', help='more outputs: for each reorganising block, the patches that it kept')
+    add('--dtype', default='float32', choices=['float32', 'float16', 'bfloat16'], help='of the weights')
+    add('--device', default='cpu', help='cpu or cuda')
+    return parser
+
+
+def parse_args(argv):
+    """The command line as a Namespace, and the checkpoint, None without one. Exits with status 2 on an error."""
+    parser = get_args_parser()
+    args = parser.parse_args([with_dashes(text) if text.startswith('--') else text for text in argv])
+    for wrong, message in ((not (args.resume or args.pretrained), 'give --resume CHECKPOINT or --pretrained'),
+                           (args.ema and not args.resume, '--ema needs --resume'),
+                           (args.output.suffix != SUFFIXES[args.format],
+                            f'--format {args.format}: the name of the file must end in {SUFFIXES[args.format]}'),
+                           (not args.output.absolute().parent.is_dir(), f'there is no folder {args.output.parent}')):
+        if wrong:
+            parser.error(message)
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    take_over(args, (checkpoint or {}).get('args') or {})
+    fill_model_arguments(args, parser)
+    if args.kept and args.base_keep_rate is None:
+        parser.error(f'--kept: {args.model} does not reorganise tokens')
+    return args, checkpoint
+
+
+def take_over(args, trained):
+    """Fill flags that were not given with those of a checkpoint, a dict or a Namespace of the original code."""
+    trained = dict(vars(trained)) if isinstance(trained, argparse.Namespace) else dict(trained)
+    args.is_digits = trained.get('data_set') in DIGITS
+    if isinstance(trained.get('drop_loc'), str):
+        trained['drop_loc'] = block_numbers(trained['drop_loc'])
+    names = ['model', 'pretrained', 'model_kwargs', 'input_size']
+    if not (args.fuse_token or args.merge_token):
+        names += ['fuse_token', 'merge_token']
+    schedule = [*SCHEDULE_DEFAULTS]
+    if trained.get('token_counts') and not any(getattr(args, name) is not None for name in schedule):
+        names.append('token_counts')
+    elif not args.token_counts:
+        names += schedule
+    for name in names:
+        if not getattr(args, name):
+            setattr(args, name, trained.get(name))
+    args.model = args.model or 'deit_small_patch16_shrink_base'
+    args.model_kwargs = args.model_kwargs or {}
+
+
+# --- The model ------------------------------------------------------------------------------------------------------
+
+class Exportable(nn.Module):
+    """What is exported: normalisation if asked for, the model, and the kept patches if asked for.
+
+    Args:
+        model: in eval mode, of any dtype.
+        preprocessing: `datasets.Preprocessing`.
+        normalize: None, 'bytes' or 'floats', what the images are.
+        kept: whether to return the kept patches.
+    """
+
+    def __init__(self, model, preprocessing, normalize=None, kept=False):
+        super().__init__()
+        self.model, self.normalize, self.kept = model, normalize, kept
+        for name in ('mean', 'std'):
+            self.register_buffer(name, torch.tensor(getattr(preprocessing, name)).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        """Images (B, 3, H, W) → [logits (B, classes), patches (B, k) for each reorganising block if asked for]."""
+        if self.normalize:
+            images = ((images.float() / 255 if self.normalize == 'bytes' else images) - self.mean) / self.std
+        images = images.to(next(self.model.parameters()).dtype)
+        if not self.kept:
+            return [self.model(images).float()]
+        logits, kept = self.model(images, get_idx=True)
+        outputs, patches = [logits.float()], None
+        for idx in kept:
+            patches = patches_after(patches, idx, self.model.patch_embed.num_patches)
+            outputs.append(patches[:, :idx.shape[1]])
+        return outputs
+
+    def images(self, batch_size, size, seed=0):
+        """Random input (B, 3, S, S)."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = batch_size, 3, size, size
+        if self.normalize == 'bytes':
+            images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        else:
+            images = (torch.rand if self.normalize else torch.randn)(shape, generator=generator)
+        return images.to(self.mean.device)
+
+
+def build(args, checkpoint):
+    """The model that the flags describe, in eval mode, with its weights."""
+    classifier = timm.get_pretrained_cfg(args.model).classifier
+    classifier = classifier if isinstance(classifier, str) else classifier[0]
+    weights, num_classes = None, timm.get_pretrained_cfg(args.model).num_classes
+    if checkpoint:
+        weights = checkpoint.get('model_ema') if args.ema else checkpoint['model']
+        if not weights:
+            raise InputError(f'--ema: {args.resume} has no moving average')
+        num_classes = len(weights.get(f'{classifier}.weight', ()))
+    model = create_model(args.model, pretrained=not weights, input_size=args.input_size, tokens=token_settings(args),
+                         model_kwargs=args.model_kwargs, num_classes=num_classes)
+    if weights:
+        load_weights(model, weights, args.resume)
+    if args.features:
+        model.reset_classifier(0)
+    return model.eval()
+
+
+def metadata_of(args, preprocessing, checkpoint):
+    """What a reader of the file has to know, {name: text}; lists are JSON."""
+    values = {'model': args.model, 'input_size': args.input_size, 'normalize': args.normalize or 'outside',
+              **preprocessing._asdict(), 'classes': (checkpoint or {}).get('classes') or []}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+
+
+# --- Formats --------------------------------------------------------------------------------------------------------
+
+def write_onnx(program, path, names, metadata):
+    """Write an ONNX file (opset 18); → a function that runs it, and its runtime."""
+    try:
+        import onnxruntime
+        import onnxscript                              # noqa: F401, torch.onnx uses it
+    except ImportError:
+        raise InputError('--format onnx needs more packages: pip install -r requirements-export.txt') from None
+    exported = torch.onnx.export(program, dynamo=True, opset_version=18, input_names=['images'], output_names=names,
+                                 verbose=False)
+    exported.model.metadata_props.update(metadata)
+    exported.save(path)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return (lambda images: [torch.from_numpy(output) for output in session.run(None, {'images': images.cpu().numpy()})],
+            f'onnxruntime {onnxruntime.__version__}')
+
+
+def write_pt2(program, path, names, metadata):
+    """Write a file of torch.export; metadata is its extra file metadata.json."""
+    torch.export.save(program, path, extra_files={'metadata.json': json.dumps(metadata)})
+    return torch.export.load(path).module(), 'torch.export'
+
+
+def write_aoti(program, path, names, metadata):
+    """Write an AOTInductor package; metadata is that of the loaded package."""
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path),
+                                             inductor_configs={'aot_inductor.metadata': metadata})
+    return torch._inductor.aoti_load_package(str(path)), 'AOTInductor'
+
+
+WRITERS = {'onnx': write_onnx, 'pt2': write_pt2, 'aoti': write_aoti}
+
+
+# --- Export ---------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def export(exportable, output, format, size, metadata, batch_size=None):
+    """Write the file once it was compared with the model.
+
+    Args:
+        exportable: an `Exportable` on its device.
+        output: Path; its folder exists.
+        format: of WRITERS.
+        size: side of the images in pixels.
+        metadata: {name: text}.
+        batch_size: the only number of images; None for any.
+    Returns:
+        a line on what was compared.
+    Raises:
+        InputError: the model cannot be exported, or the exported one differs.
+    """
+    images = exportable.images(batch_size or 2, size)
+    shapes = None if batch_size else ({0: torch.export.Dim('batch')},)
+    names = ['logits', *(f'kept_{i}' for i in range(1, len(exportable(images))))]
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix='.export') as folder:
+        path = Path(folder) / output.name
+        try:
+            program = torch.export.export(exportable, (images,), dynamic_shapes=shapes)
+            run, runtime = WRITERS[format](program, path, names, metadata)
+        except InputError:
+            raise
+        except Exception as error:                     # of many kinds: torch's, of onnxruntime, of the C++ compiler
+            raise InputError(f'--format {format}: {metadata["model"]} cannot be exported: {one_line(error)}') from None
+        compared = compare(exportable, run, size, [batch_size] if batch_size else [1, 3])
+        os.replace(path, output)
+    return f'{output}: {output.stat().st_size / 1e6:.1f} MB; {runtime} against torch {torch.__version__}: {compared}'
+
+
+def compare(exportable, run, size, batch_sizes):
+    """Run both on random images; → what was compared. InputError if they differ.
+
+    Where two tokens have nearly the same score, rounding decides which one is kept; so three draws are tried.
+    """
+    dtype = next(exportable.model.parameters()).dtype
+    for seed in range(3):
+        worst, same = 0., True
+        for batch_size in batch_sizes:
+            images = exportable.images(batch_size, size, seed)
+            (logits, *kept), (found, *found_kept) = exportable(images), run(images)
+            found = found.to(logits)
+            worst = max(worst, ((found - logits).abs().max() / logits.abs().max().clamp(min=1)).item())
+            same &= torch.equal(found.argmax(1), logits.argmax(1))
+            same &= all(torch.equal(one.sort(1).values, other.to(one).sort(1).values)
+                        for one, other in zip(kept, found_kept, strict=True))
+        if worst <= TOLERANCE[dtype] and (same or dtype != torch.float32):
+            break
+    else:
+        raise InputError(f'the exported model differs: logits by up to {worst:.1e}, '
+                         f'{"the same" if same else "not the same"} classes and kept patches; nothing is written')
+    what = 'same class' + (' and kept patches' if kept else '')
+    return (f'batches of {" and ".join(map(str, batch_sizes))}, outputs differ by up to {worst:.1e}, '
+            + (what if same else f'not always the {what}'))
+
+
+def main(argv):
+    args, checkpoint = parse_args(argv)
+    device = parse_device(args.device)
+    if device.type == 'cuda':
+        device = cuda_device(device, in_group=False)
+    if args.format == 'aoti':
+        check_compiler(device)
+    preprocessing = input_of(args)[1]
+    if args.is_digits:
+        preprocessing = preprocessing._replace(crop_pct=1.)                # they are never cropped
+    model = build(args, checkpoint).to(device, getattr(torch, args.dtype))
+    exportable = Exportable(model, preprocessing, args.normalize, args.kept).to(device).eval()
+    print(export(exportable, args.output, args.format, args.input_size, metadata_of(args, preprocessing, checkpoint),
+                 args.batch_size))
+
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except Exception as error:
+        exit_failed('export.py', error)
