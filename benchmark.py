@@ -141,12 +141,18 @@ def forward(model, images, protocol):
         return classify(model, images, protocol.keep_rate)
 
 
-def compile_forward(model, protocol):
-    """The model compiled as one graph, for `forward`; without gradients, a GPU replays it as a CUDA graph."""
+def compile_forward(model, images, protocol):
+    """The model compiled as one graph, for `forward` of these images.
+
+    Without gradients, a GPU replays it as a CUDA graph that reads the images where they are, as an eager model does,
+    instead of copying them at each replay.
+    """
     check_compiler(protocol.device)
     if protocol.device.type == 'cpu':
         model = copy.deepcopy(model)                   # freezing makes constants of its weights
     replay = protocol.device.type == 'cuda' and not protocol.gradients
+    if replay:                                         # on a CPU, freezing would make a constant of the images, too
+        torch._dynamo.mark_static_address(images)
     return torch.compile(model, fullgraph=True, dynamic=False, mode='reduce-overhead' if replay else None)
 
 
@@ -155,20 +161,20 @@ class TrainingStep:
 
     Args:
         model: put into train mode.
+        images: the batch (B, 3, S, S).
         protocol: a Protocol.
     Attributes:
         model_ema: timm's moving average of the weights.
     """
 
-    def __init__(self, model, protocol):
+    def __init__(self, model, images, protocol):
         model.zero_grad()
-        self.model, self.protocol = model, protocol
+        self.model, self.images, self.protocol = model, images, protocol
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.05, fused=True)
         self.scaler = torch.amp.GradScaler(protocol.device.type, enabled=protocol.amp_dtype == torch.float16)
         self.model_ema = ModelEmaV3(model, decay=0.99996)
-        self.images = protocol.images()
         with torch.no_grad(), eval_mode(model):
-            num_classes = classify(model, self.images[:1], protocol.keep_rate).shape[1]
+            num_classes = classify(model, images[:1], protocol.keep_rate).shape[1]
         self.labels = torch.arange(protocol.batch_size, device=protocol.device) % num_classes
         model.train()
         self.trained = CompiledModel(model, protocol.device) if protocol.compiled else model
@@ -183,21 +189,29 @@ class TrainingStep:
         self.model_ema.update(self.model)
 
 
-def check_real(model, protocol):
-    """Raise ValueError unless the logits of a batch are finite and depend on the images."""
+def check_real(model, images, protocol):
+    """Raise ValueError unless the logits are finite and depend on the images, which hold `protocol.images()` then."""
+    def logits(seed):
+        images.copy_(protocol.images(seed))            # in place, because a CUDA graph reads one address
+        return forward(model, images, protocol).clone().detach()
+
     with eval_mode(model):
-        first, second = (forward(model, protocol.images(seed), protocol).clone().detach() for seed in (0, 1))
+        first, second = logits(1), logits(0)
     if not first.isfinite().all():
         raise ValueError('the output is not finite')
     if torch.equal(first, second):
         raise ValueError('the output does not depend on the input')
 
 
-def measured_pass(model, protocol):
+def measured_pass(model, images, protocol):
     """A function without arguments that runs what the protocol measures once.
 
     The model is checked before, and compiled if the protocol says so.
 
+    Args:
+        model: any timm model.
+        images: `protocol.images()`, which other measured models may share.
+        protocol: a Protocol.
     Raises:
         ValueError: the output is not finite, or does not depend on the input.
         InputError: torch.compile lacks a C++ compiler.
@@ -206,13 +220,13 @@ def measured_pass(model, protocol):
     with (torch._dynamo.config.patch(recompile_limit=1000),
           torch._inductor.config.patch(freezing=protocol.device.type == 'cpu')):
         if protocol.train:
-            check_real(model, protocol)
-            step = TrainingStep(model, protocol)
+            check_real(model, images, protocol)
+            step = TrainingStep(model, images, protocol)
             step()                                     # compiles
             return step
-        model = compile_forward(model, protocol) if protocol.compiled else model
-        check_real(model, protocol)                    # compiles
-    return functools.partial(forward, model, protocol.images(), protocol)
+        model = compile_forward(model, images, protocol) if protocol.compiled else model
+        check_real(model, images, protocol)            # compiles
+    return functools.partial(forward, model, images, protocol)
 
 
 def matrix_product(protocol):
@@ -296,8 +310,9 @@ def paired_throughput(models, input_size=224, batch_size=16, device=None, amp_dt
     device = torch.device(device or next(models[0].parameters()).device)
     protocol = Protocol(input_size, batch_size, device, amp_dtype, keep_rate, windows, window_seconds, compiled,
                         train=train, channels_last=channels_last)
+    images = protocol.images()
     with eval_mode(*models):
-        return time_in_turn([stopwatch(measured_pass(model, protocol), protocol) for model in models],
+        return time_in_turn([stopwatch(measured_pass(model, images, protocol), protocol) for model in models],
                             len(models) * [protocol])
 
 
@@ -349,7 +364,7 @@ def peak_memory(model, protocol):
     before = torch.cuda.memory_allocated(protocol.device)
     torch.cuda.reset_peak_memory_stats(protocol.device)
     with eval_mode(model):
-        measured_pass(model, protocol)()
+        measured_pass(model, protocol.images(), protocol)()
     allocated = torch.cuda.max_memory_allocated(protocol.device) - before
     return (allocated + sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers()))) / 2**20
 

@@ -153,7 +153,8 @@ class Evaluation:
         """Add GMACs, images/s with windows in turn, and its ratio to the first row."""
         protocols = [Protocol(input_size, batch_size, self.device, self.amp_dtype, row.rate, windows, window_seconds)
                      for row in self.rows]
-        speeds = time_in_turn([stopwatch(measured_pass(self.models[row.way], protocol), protocol)
+        images = protocols[0].images()                 # the same for all rows
+        speeds = time_in_turn([stopwatch(measured_pass(self.models[row.way], images, protocol), protocol)
                                for row, protocol in zip(self.rows, protocols)], protocols)
         for row, speed in zip(self.rows, speeds):
             row.speed, row.ratio = speed, speed.ratio_to(speeds[0])

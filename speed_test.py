@@ -135,8 +135,11 @@ def planned_rows(candidates, protocol, reference):
         yield PlannedRow(candidate._replace(input_size=size), label, settings, plain)
 
 
-def prepare(planned, fuse_token):
-    """Build and warm up a model; return its stopwatch, and what does not depend on time as a dict."""
+def prepare(planned, fuse_token, batches):
+    """Build and warm up a model; return its stopwatch, and what does not depend on time as a dict.
+
+    `batches` holds the images of the models before, {(input size, batch size): (B, 3, S, S)}, for this one to share.
+    """
     protocol = planned.protocol
     model = build_candidate(planned.candidate, fuse_token).to(protocol.device, memory_format=protocol.memory_format)
     if planned.plain:
@@ -145,7 +148,10 @@ def prepare(planned, fuse_token):
         protocol = dataclasses.replace(protocol, batch_size=largest_batch(model, protocol))
     facts = {'protocol': protocol, 'gmacs': macs(model, protocol.input_size),
              'mparams': sum(p.numel() for p in model.parameters()) / 1e6, 'memory_mib': peak_memory(model, protocol)}
-    return stopwatch(measured_pass(model, protocol), protocol), facts
+    shape = protocol.input_size, protocol.batch_size
+    if shape not in batches:
+        batches[shape] = protocol.images()
+    return stopwatch(measured_pass(model, batches[shape], protocol), protocol), facts
 
 
 def failure_line(error):
@@ -175,7 +181,7 @@ def compare(candidates, protocol, fuse_token, reference=False):
         `failure` or `speed` (Throughput), `gmacs` per image, `mparams` (10⁶), `memory_mib` (None on a CPU), `ratio` and
         `share` as in `add_ratios`.
     """
-    rows, stopwatches = [], []
+    rows, stopwatches, batches = [], [], {}
     product, product_gmacs = matrix_product(protocol)  # first, while there is memory for it
     one_product = dataclasses.replace(protocol, batch_size=1)
     product_watch = functools.partial(window_or_failure, stopwatch(product, one_product), {})
@@ -185,7 +191,7 @@ def compare(candidates, protocol, fuse_token, reference=False):
                'top1': top1, 'source': source}
         rows.append(row)
         try:
-            watch, facts = prepare(planned, fuse_token)
+            watch, facts = prepare(planned, fuse_token, batches)
         except FAILURES as error:
             row['failure'] = failure_line(error)
         else:

@@ -1,4 +1,4 @@
-"""Shared by the tests: import path, reference weights, small data sets, main.py as a process."""
+"""Shared by the tests: import path, reference weights, small data sets, main.py and the recipes as processes."""
 import json
 import math
 import os
@@ -31,7 +31,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        on_gpu = item.get_closest_marker('gpu') and getattr(item.module, 'DEVICE', 'cuda') == 'cuda'
+        if on_gpu and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='no CUDA device'))
 
 
@@ -73,6 +74,16 @@ def run_main(*arguments, processes=0, check=True):
                           env=environment, timeout=300)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_recipe(script, *flags, **variables):
+    """Run a recipe such as run_code.sh on the CPU, unless the flags name another device; → console output."""
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()},
+                   'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    done = subprocess.run(['bash', str(ROOT / script), '--device', 'cpu', *flags], capture_output=True, text=True,
+                          env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope='session')

@@ -9,6 +9,9 @@ import torch
 import torch.nn as nn
 import torchprofile
 
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
 import benchmark
 import models_evit  # noqa: F401  registers the EViTs
 from benchmark import (Protocol, Throughput, check_real, largest_batch, macs, measured_pass, paired_throughput,
@@ -129,7 +132,7 @@ def test_number_of_clock_readings_in_a_window(monkeypatch):
     model.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 0.01))
     monkeypatch.setattr(benchmark.time, 'perf_counter', lambda: readings.append(clock[0]) or clock[0])
     settings = protocol(window_seconds=10.)
-    window = stopwatch(measured_pass(model, settings), settings)
+    window = stopwatch(measured_pass(model, settings.images(), settings), settings)
     readings.clear()
     window()
     assert len(readings) <= 12                              # in 1,000 passes
@@ -140,7 +143,7 @@ def test_synchronisation_before_each_clock_reading(monkeypatch):
     clock = time.perf_counter
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: events.append('synchronised'))
     monkeypatch.setattr(benchmark.time, 'perf_counter', lambda: events.append('clock') or clock())
-    stopwatch(measured_pass(Recorder(), pretend_cuda()), pretend_cuda())()
+    stopwatch(measured_pass(Recorder(), protocol().images(), pretend_cuda()), pretend_cuda())()
     before = [event for event, following in zip(events, events[1:]) if following == 'clock']
     assert len(before) >= 4 and set(before) == {'synchronised'}
 
@@ -216,12 +219,12 @@ def test_output_of_a_fake_model(output, message):
     model = nn.Identity()
     model.forward = output
     with pytest.raises(ValueError, match=message):
-        check_real(model, protocol())
+        check_real(model, protocol().images(), protocol())
 
 
 def test_output_of_a_real_model():
     model = tiny().train()
-    check_real(model, protocol(amp_dtype=torch.bfloat16))
+    check_real(model, protocol().images(), protocol(amp_dtype=torch.bfloat16))
     assert model.training
 
 
@@ -244,7 +247,7 @@ def test_graphs_of_the_check_with_gradients():
             alive.append(sum(graph() is not None for graph in graphs))
             return Node.apply(super().forward(x), graphs)
 
-    check_real(Model(), protocol(gradients=True))
+    check_real(Model(), protocol().images(), protocol(gradients=True))
     assert alive == [0, 0] and len(graphs) == 2
     kept = Model()(torch.zeros(1, 3, 8, 8))
     assert kept.requires_grad and graphs[-1]() is not None                         # a reference detects a live graph
@@ -263,11 +266,41 @@ def test_images_in_channels_last():
     assert torch.equal(settings.images(), protocol().images()) and protocol().images().is_contiguous()
 
 
+def test_images_of_a_cuda_graph(monkeypatch):
+    """It reads weights and images where they are: every input of the graph is static, none is copied at a replay."""
+    static = []
+
+    def compiler(graph, inputs):
+        static.append(torch._guards.TracingContext.get().fw_metadata.static_input_indices == [*range(len(inputs))])
+        return make_boxed_func(graph)
+
+    def compile(model, mode, **options):
+        assert mode == 'reduce-overhead'
+        return torch_compile(model, backend=aot_autograd(fw_compiler=compiler), **options)
+
+    torch.compiler.reset()
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', compile)
+    model, images = tiny(depth=2, drop_loc=(0, 1), num_classes=3).eval(), protocol().images()
+    settings = PretendCuda(**vars(protocol(device=torch.device('cuda'), compiled=True)))
+    measured_pass(model, images, settings)()
+    assert static == [True] and torch.equal(images, protocol().images())
+
+
+@pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
+def test_images_of_a_frozen_model(compiled_graphs):
+    """On a CPU, the weights are constants of the graph and the images are its only input."""
+    settings = protocol(compiled=True)
+    measured_pass(tiny(depth=2, drop_loc=(0, 1), num_classes=3).eval(), settings.images(), settings)()
+    graph, = compiled_graphs
+    assert len(graph.graph.find_nodes(op='placeholder')) == 1
+
+
 def test_two_training_steps():
     """Each step changes the weights and moves their average towards them by (1 − decay) of the distance."""
     model, settings = tiny(num_classes=3).eval(), protocol(train=True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    step = measured_pass(model, settings)
+    step = measured_pass(model, settings.images(), settings)
     assert model.training
     first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     step()
@@ -292,7 +325,7 @@ def test_throughput_of_a_compiled_model(train, compiled_graphs):
 def test_compiled_model_without_a_compiler(train, monkeypatch):
     monkeypatch.setenv('CXX', 'no_such_compiler -m64')
     with pytest.raises(InputError, match='C.. compiler'):
-        measured_pass(tiny(), protocol(compiled=True, train=train))
+        measured_pass(tiny(), protocol().images(), protocol(compiled=True, train=train))
     monkeypatch.setenv('CXX', 'env g++')
     check_compiler(torch.device('cpu'))
 
@@ -357,8 +390,10 @@ def test_compiled_model_on_cuda(train):
     model = tiny(depth=4, drop_loc=(1, 2)).cuda()
     settings = protocol(device=torch.device('cuda'), amp_dtype=torch.bfloat16, compiled=True, train=train)
     assert peak_memory(model, settings) > 5
+    torch._dynamo.utils.counters.clear()
     result = throughput(model, 32, amp_dtype=torch.bfloat16, compiled=True, train=train, **QUICK)
     assert result.median > 0
+    assert torch._dynamo.utils.counters['inductor']['cudagraph_recorded_non_static_inputs'] == 0
 
 
 @pytest.mark.gpu

@@ -3,18 +3,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-from conftest import ROOT
+import torch
 
-
-def run_recipe(script, *flags, **variables):
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()},
-                   'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    done = subprocess.run(['bash', str(ROOT / script), '--device', 'cpu', *flags], capture_output=True, text=True,
-                          env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from conftest import ROOT, run_recipe
 
 
 def test_recipes_of_the_digits(tmp_path):
@@ -35,6 +27,32 @@ def test_recipes_of_the_paper(image_folder, tmp_path):
     run_recipe('finetune.sh', *small, datapath=image_folder, logdir=tmp_path / 'b',
                ckpt=tmp_path / 'a' / 'checkpoint.pth')
     assert (tmp_path / 'b' / 'checkpoint.pth').is_file()
+
+
+def test_report_of_gpu_tests_with_failures(tmp_path):
+    """Tests that fail, rows without figures and parts without rows do not stop the other parts."""
+    stub = tmp_path / 'python'
+    stub.write_text(f'''#!/bin/sh
+        case "$*" in
+            "- "*) exec {sys.executable} "$@";;
+            *"-m pytest"*) echo 2 failed in 3 s; exit 1;;
+            *--train*) exit 2;;
+        esac
+        for file; do :; done                           # the last argument
+        printf 'model,median,min,max,ratio,memory_mib,failure\\na,20.4,10,30,1.5,604,\\nb,,,,,,x|y\\n' > "$file"''')
+    stub.chmod(0o755)
+    done = subprocess.run(['bash', str(ROOT / 'tests' / 'gpu.sh'), str(tmp_path / 'report'), '--dry-run'],
+                          env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}, capture_output=True,
+                          text=True)
+    assert done.returncode == 1, done.stderr
+    report = (tmp_path / 'report' / 'report.md').read_text()
+    assert report in done.stdout and f'torch {torch.__version__}' in report and 'commit ' in report
+    rows = [[cell.strip() for cell in line.split('|')[1:5]] for line in report.splitlines() if line.startswith('| ')]
+    expected = [['part', 'result', 'ratio', 'memory, MiB'], ['tests', 'failed with status 1: 2 failed in 3 s', '', '']]
+    for name in 'inference-compiled', 'inference-eager':
+        expected += [[name, 'passed', '', ''], [f'{name}: a', '20 [10–30] images/s', '1.500', '604'],
+                     [f'{name}: b', 'failed: x/y', '–', '–']]
+    assert rows == expected + [[f'training-{mode}', 'failed with status 2', '', ''] for mode in ('compiled', 'eager')]
 
 
 def test_flags_of_readme_and_docs():

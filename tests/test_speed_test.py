@@ -124,8 +124,8 @@ def test_rows_of_plain_evits():
 def test_measured_evit(plain, monkeypatch):
     """It is in eval mode and has the keep rate, token fusion and input size of the candidate."""
     models = []
-    monkeypatch.setattr(speed_test, 'measured_pass', lambda model, settings: models.append(model) or (lambda: None))
-    prepare(speed_test.PlannedRow(Candidate(TINY, 0.5, 32), 'label', protocol(), plain), True)
+    monkeypatch.setattr(speed_test, 'measured_pass', lambda model, *_: models.append(model) or (lambda: None))
+    prepare(speed_test.PlannedRow(Candidate(TINY, 0.5, 32), 'label', protocol(), plain), True, {})
     model, = models
     assert type(model) is (PlainEViT if plain else EViT) and not any(module.training for module in model.modules())
     evit = model.model if plain else model
@@ -141,6 +141,20 @@ def test_comparison_with_plain_evits():
     assert all(row['speed'].protocol == row['protocol'] and row['ratio'] > 0 for row in rows)
     assert all(0 < row['share'] < 1 for row in rows[:3]) and 'share' not in rows[3]
     assert list(format_table(rows))[4].split()[-2] == '–'
+
+
+def test_images_of_compared_models(stand_ins, monkeypatch):
+    """Models with the same input size and number of images share a batch."""
+    batch_sizes, batches = {'test_vit': 4, 'test_vit2': 4, 'test_vit3': 2}, []
+    stand_ins |= {name: dict(factor=float(number)) for name, number in batch_sizes.items()}
+    monkeypatch.setattr(speed_test, 'largest_batch', lambda model, settings: int(model.weight))
+    monkeypatch.setattr(speed_test, 'measured_pass', lambda model, images, settings: (
+        batches.append(images) or benchmark.measured_pass(model, images, settings)))
+    candidates = [*(Candidate(name, None, 32) for name in batch_sizes), Candidate('test_vit', None, 64)]
+    rows = compare(candidates, protocol(batch_size=None, windows=1), fuse_token=True)
+    assert all('speed' in row for row in rows)
+    assert [tuple(images.shape) for images in batches] == [(4, 3, 32, 32)] * 2 + [(2, 3, 32, 32), (4, 3, 64, 64)]
+    assert batches[0] is batches[1] and torch.equal(batches[0], protocol(batch_size=4).images())
 
 
 def test_accuracy_in_a_row(stand_ins):
