@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures('one_thread', 'exact_prod
 def exact_products():
     """Do without TF32, so that compiled and eager runs can be compared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, 'allow_fast_kernels', lambda device: None)
+        patch.setattr(main, 'choose_kernels', lambda device, deterministic: None)
         patch.setattr(torch.backends.cudnn, 'allow_tf32', False)
         yield
 
