@@ -195,8 +195,8 @@ def test_default_rates_of_neighbours():
 def test_curve_of_two_processes(image_folder, tmp_path, short_windows):
     """With 24 and 9 images, of which the processes have different numbers."""
     flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '2', '--eval', '--resume',
-             str(tmp_path / 'a.pth'), '--base_keep_rate', '0.6', '--knn', '5', '--knn-bank', 'own', '--token-ways',
-             'fuse', 'merge', '--dist-eval', '--output_dir']
+             str(tmp_path / 'a.pth'), '--base_keep_rate', '0.6', '--knn', '5', '--knn-bank', 'own', '--dist-eval',
+             '--output_dir']
     torch.save({'model': main.build_model(parse_args(PLAIN), 3).state_dict()}, tmp_path / 'a.pth')
     main.main(parse_args([*flags, str(tmp_path / 'one')]))
     assert ' fuse   0.6' in run_main(*flags, tmp_path / 'two', processes=2).stdout

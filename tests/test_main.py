@@ -456,7 +456,7 @@ def test_training_on_a_gpu_in_bfloat16(tmp_path):
 def test_compiled_and_channels_last_run(image_folder, tmp_path, compiled_graphs):
     """The run anneals the keep rate, averages the weights, evaluates both models and is resumed."""
     flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '6', '--shrink_epochs', '2', '--drop-path', '0',
-             '--model-ema-decay', '0.5', '--model-kwargs', 'depth=5', '--drop_loc', '1,2,3']
+             '--model-ema-decay', '0.5', '--model-kwargs', 'depth=3', 'embed_dim=48', '--drop_loc', '1,2']
     for name, changes in (('plain', []), ('compiled', ['--compile', '--channels-last', '--test-speed'])):
         for epochs, resume in (('2', []), ('3', ['--resume', str(tmp_path / name / 'checkpoint.pth')])):
             main.main(parse_args([*flags, *changes, '--epochs', epochs, *resume, '--output_dir', str(tmp_path / name)]))
