@@ -68,7 +68,7 @@ def token_counts(text):
         if isinstance(counts, list) and all(type(item) is int for item in counts):
             return tuple(counts)
         reason = 'it holds no list of integers'
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = str(error)
     except argparse.ArgumentTypeError:
         reason = 'it is neither a list of numbers such as 197,197,150 nor the path of a .json file'

@@ -47,21 +47,24 @@ class CheckpointWriter:
         """Start to write a checkpoint, as `write_checkpoint`; raises OSError if the previous one failed."""
         if self.folder:
             self.wait()
-            copy = of_tensors(torch.Tensor.clone, checkpoint)
+            copies = [of_tensors(torch.Tensor.clone, checkpoint)]
             if self.stream:
                 self.stream.wait_stream(torch.cuda.current_stream())
-            self.pending = self.pool.submit(self._write, copy, best)
+            self.pending = self.pool.submit(self._write, copies, best)
 
-    def _write(self, checkpoint, best):
+    def _write(self, copies, best):
         with torch.cuda.stream(self.stream):           # None: no effect
-            checkpoint = of_tensors(torch.Tensor.cpu, checkpoint)
+            checkpoint = of_tensors(torch.Tensor.cpu, copies.pop())        # nothing else holds the copy on the GPU
         write_checkpoint(checkpoint, self.folder, best)
 
-    def wait(self):
-        """Wait until the last checkpoint is written; raises OSError if that failed."""
-        pending, self.pending = self.pending, None
+    def wait(self, timeout=None):
+        """Wait until the last checkpoint is written, or for `timeout` seconds; raises OSError if that failed."""
+        pending = self.pending
         if pending:
-            pending.result()
+            try:
+                pending.result(timeout)
+            finally:
+                self.pending = None
 
     def __enter__(self):
         return self
@@ -249,6 +252,8 @@ def load_run(source, settings, evaluates_only):
         trained = {name: value for name, value in vars(trained).items() if name != 'lr'}
     model = ('model', 'pretrained', 'input_size', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'merge_token',
              'drop_loc', 'keep_schedule', 'token_counts')
+    if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
+        model = [name for name in model if name not in ('base_keep_rate', 'drop_loc', 'keep_schedule')]
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
                 'weight_decay')
     for name in () if evaluates_only else ('opt', 'sched'):

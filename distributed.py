@@ -1,4 +1,5 @@
 """The process group: how processes meet, reduce tensors, and agree to stop."""
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -93,14 +94,20 @@ def meet(device, dist_url, rank, world_size, timeout):
 
 
 def check_devices(store, device, rank, world_size, limit):
-    """Raise InputError if another process has the same GPU, for which NCCL would only give an obscure reason."""
+    """Raise InputError if two processes have the same GPU, for which NCCL would only give an obscure reason."""
     store.set(str(rank), str(torch.cuda.get_device_properties(device).uuid))
     store.wait(list(map(str, range(world_size))), limit)
     devices = [store.get(str(process)) for process in range(world_size)]
-    same = [str(process) for process in range(world_size) if devices[process] == devices[rank]]
-    if len(same) > 1:
-        raise InputError(f'processes {", ".join(same)} have the same GPU {device}; start one process for each GPU, and '
-                         'let each see all of its machine, or only its own')
+    store.set(f'read {rank}', '')
+    if len(set(devices)) == world_size:
+        return
+    if rank == 0:                                      # which may host the store
+        with contextlib.suppress(RuntimeError):
+            store.wait([f'read {process}' for process in range(world_size)], datetime.timedelta(seconds=5))
+    twice = next(uuid for uuid in devices if devices.count(uuid) > 1)
+    same = [str(process) for process in range(world_size) if devices[process] == twice]
+    raise InputError(f'processes {", ".join(same)} have the same GPU; start one process for each GPU, and let each see '
+                     'all of its machine, or only its own')
 
 
 def parse_device(name):
@@ -160,16 +167,17 @@ def cuda_device(device, in_group):
 
 
 def cores_per_process():
-    """How many cores of this machine each of torchrun's processes on it may use."""
+    """How many cores of this machine each process on it may use, for the processes of torchrun or srun."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = min(cores, environment_number('SLURM_CPUS_PER_TASK', cores))
     return max(1, cores // max(1, environment_number('LOCAL_WORLD_SIZE', 1)))
 
 
 def leave_process_group():
     """Wait for the other processes, so that none finds its peers gone, and leave."""
     if dist.is_initialized():
-        Failures.group.leave()
         dist.barrier()
+        Failures.group.leave()                         # not before: the first process may still write a checkpoint
         dist.destroy_process_group()
 
 

@@ -2,8 +2,8 @@
 
     python export.py --resume /runs/evit07/checkpoint.pth --format onnx --output evit07.onnx
 
-The flags of the model are those of main.py; what is not given is read from the checkpoint. The file is loaded and compared
-with the model before it gets its name. docs/export.md shows how to use it.
+The flags of the model are those of main.py; what is not given is read from the checkpoint. The file is compared with the
+model before it gets its name. docs/export.md shows how to use it.
 """
 import argparse
 import json

@@ -18,27 +18,33 @@ class Failures:
 
     A thread has a connection of its own to the store of the group, and works while the main thread waits inside a
     collective, which under NCCL may take for ever. It ends the process a moment after another one told a cause, or when
-    another one no longer gives a sign of life. The first process watches all others, and they watch the first.
+    another one no longer gives a sign of life. The first process watches all others, and they watch the first. A second
+    thread ends the process if the store itself, which the first process may host, no longer answers.
 
     Args:
         store: of the group.
         rank, world_size: of this process; how many there are.
         timeout: seconds without a sign of life after which a process is given up.
+    Attributes:
+        finish: a function of a timeout in seconds that waits for what must not be cut short, such as a checkpoint.
     """
     group = None                                       # that of this process
     PERIOD = 0.5                                       # seconds between signs of life
     GRACE = 1.5                                        # seconds in which the main thread may report an error itself
     HURRY = 10.                                        # the timeout once the scheduler wants the process to end
+    PATIENCE = 20.                                     # seconds for `finish`
 
     def __init__(self, store, rank, world_size, timeout):
         self.store, self.rank, self.world_size, self.timeout = store.clone(), rank, world_size, timeout
         self.watched = [0] if rank else list(range(1, world_size))
         self.signs = {process: (None, time.monotonic()) for process in self.watched}   # the last, and when it came
         self.ending, self.left = threading.Lock(), threading.Event()
-        threading.Thread(target=self.watch, daemon=True).start()
+        self.finish, self.heard, self.unanswered = None, None, 0
+        for function in (self.watch, self.watch_store):
+            threading.Thread(target=function, daemon=True).start()
 
     def leave(self):
-        """Stop watching, because the processes are about to end."""
+        """Stop watching, because all processes have come to their end."""
         self.left.set()
 
     def hurry(self):
@@ -56,14 +62,31 @@ class Failures:
                     self.tell(*found)
             except RuntimeError:                       # the process that hosts the store is gone
                 found = 1, self.describe([0])
+            self.unanswered = 0
             if self.left.wait(self.GRACE if found else self.PERIOD):
                 return
             if found:
+                with contextlib.suppress(Exception):
+                    if self.finish:
+                        self.finish(self.PATIENCE)
                 with self.ending:                      # the main thread has it if it reports an error of its own
-                    status, message = found
-                    if self.rank == 0 or self.rank == 1 and message == self.describe([0]):
-                        print(f'main.py: error: {message}', file=sys.stderr)
-                    end_process(status)
+                    self.end(*found)
+
+    def watch_store(self):
+        """End the process if the other thread has waited for the store too long.
+
+        Periods are counted instead of looking at the clock, because this process itself may be stopped for a while.
+        """
+        while not self.left.wait(self.PERIOD):
+            self.unanswered += 1
+            if self.unanswered * self.PERIOD > self.timeout + 2 * self.GRACE + self.PATIENCE * bool(self.finish):
+                self.end(1, self.describe([0]))
+
+    def end(self, status, message):
+        """End the process because of another one."""
+        if self.rank == 0 or self.rank == 1 and message == self.describe([0]):
+            print(f'main.py: error: {message}', file=sys.stderr)
+        end_process(status)
 
     def silent(self, seconds):
         """The watched processes without a sign of life for so many seconds."""
@@ -81,15 +104,16 @@ class Failures:
     def tell(self, status, message):
         """Tell the others why this process fails and its exit status; the first cause stays."""
         with contextlib.suppress(RuntimeError):                            # process 0, which hosts the store, is gone
-            self.store.compare_set('cause', '', f'{status} {message}')
+            text = message.encode(errors='backslashreplace').decode()      # the name of a file may be any bytes
+            self.store.compare_set('cause', '', f'{status} {text}')
 
     def told(self):
         """The exit status and the message that a failing process told; None if there is none."""
-        if not self.store.check(['cause']):
-            return None
-        status, message = self.store.get('cause').decode().split(' ', maxsplit=1)
-        self.store.set(f'noted {self.rank}', '')
-        return int(status), message
+        if not self.heard and self.store.check(['cause']):
+            status, message = self.store.get('cause').decode().split(' ', maxsplit=1)
+            self.heard = int(status), message          # kept, because the store may end with its process now
+            self.store.set(f'noted {self.rank}', '')
+        return self.heard
 
     def wait_until_noted(self):
         """Let the others read the cause before this process ends, which may host the store."""
@@ -105,9 +129,12 @@ class Failures:
         This is what a failing process told, or else which processes are silent: those that have not reported within 5 s
         that their collective failed, too. Under NCCL healthy processes wait without an error; only signs of life count.
         """
-        if not (isinstance(error, dist.DistError) or re.search('gloo|NCCL', str(error))):
+        known = InputError, OSError, FloatingPointError                    # whose text may be anything
+        if isinstance(error, known) or not (isinstance(error, dist.DistError) or re.search('gloo|NCCL', str(error))):
             return None
         try:
+            if found := self.told():
+                return found
             self.store.set(f'waits {self.rank}', '')
             silent = [process for process in range(self.world_size) if process != self.rank]
             for _ in range(50):

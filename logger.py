@@ -62,7 +62,7 @@ class Progress:
                 'values': self.values}
 
     def add_batch(self, loss, num_images, counts=True, **values):
-        """Add a batch: its mean loss (a 0-d tensor, or None), its size, whether the figures count it, values to print."""
+        """Add a batch: its mean loss (0-d, or None), its size, whether the figures count it, values to print."""
         self.step += 1
         if counts:
             self.images += num_images * self.world_size

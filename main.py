@@ -68,7 +68,7 @@ def get_args_parser():
     add('--channels-last', action='store_true', help='channels-last memory format')
     add('--model-ema', action=on_off, default=True, help='keep an exponential moving average of the weights')
     add('--model-ema-decay', type=share, default=0.99996, help='decay of the moving average')
-    add('--model-ema-force-cpu', action='store_true', help='keep it in main memory; from a GPU, it is not evaluated')
+    add('--model-ema-force-cpu', action='store_true', help='in main memory; a run on a GPU does not evaluate it')
 
     add = parser.add_argument_group('optimizer').add_argument
     add('--opt', default='adamw', help='name of a timm optimizer')
@@ -104,7 +104,7 @@ def get_args_parser():
     add('--fast-resize', action='store_true',
         help='decode and resize training images with torch instead of Pillow: faster, but values of a resized image '
              'differ by up to 2 of 255')
-    add('--repeated-aug', action=on_off, default=True, help='each image three times per epoch, of a third of them')
+    add('--repeated-aug', action=on_off, default=True, help='a third of the images in each epoch, three times')
     add('--reprob', type=share, default=0.25, help='probability of random erasing')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='fill of random erasing')
     add('--recount', type=positive(int), default=1, help='maximum number of erased regions')
@@ -113,7 +113,7 @@ def get_args_parser():
     add('--cutmix-minmax', type=share, nargs=2, help='minimum and maximum ratio of cutmix, instead of alpha')
     add('--mixup-prob', type=share, default=1.0, help='probability of mixup or cutmix per batch')
     add('--mixup-switch-prob', type=share, default=0.5, help='probability of cutmix if both are on')
-    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='batch: without waiting for a GPU')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='batch is the fastest on a GPU')
 
     add = parser.add_argument_group('distillation').add_argument
     add('--teacher-model', type=timm_model, default='regnety_160', help='name of a timm model')

@@ -26,7 +26,7 @@ def get_args_parser(folder='that of the job'):
     """The flags of main.py and of the job; `folder` is the default of --output-dir."""
     parser = main.get_args_parser()
     parser.description = 'EViT: training and evaluation as a job of Slurm'
-    parser.set_defaults(output_dir=folder)
+    parser.set_defaults(output_dir=folder, num_workers=10)                 # of a node, not of this machine
     add = parser.add_argument_group('job').add_argument
     add('--ngpus', type=count, default=8, help='GPUs and processes per node; 0: one process per node on the CPU')
     add('--nodes', type=positive(int), default=1, help='number of nodes')

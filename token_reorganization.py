@@ -50,7 +50,7 @@ def rates_of_counts(counts, num_patches, num_prefix_tokens, fuse):
         elif k < 1:
             raise ValueError(f'token_counts: {count} is too few, as {num_prefix_tokens + fuse} of them are no patches')
         else:
-            rates.append((k - 0.5) / num_tokens)       # `num_kept` rounds up to k
+            rates.append((k - 1e-6) / num_tokens)      # `num_kept` rounds up to k
             num_tokens = k + fuse
     return rates
 

@@ -15,6 +15,7 @@ from checkpoint import CheckpointWriter, load_weights
 from compiled_model import CompiledModel
 from distributed import StopSignal, Stopped, leave_process_group, log, rank, world_size
 from engine import check_weights, keep_rate_at, train_one_epoch
+from failures import Failures
 from logger import RunLog, make_output_folder
 from utils import InputError, autocast
 from visualize_mask import draw_sheets
@@ -96,6 +97,8 @@ class Trainer:
         folder = folder if rank() == 0 else None
         with (StopSignal(self.device) as self.stop, CheckpointWriter(folder) as self.writer,
               RunLog(folder, self.epoch, self.is_resumed) as self.run_log):
+            if Failures.group:
+                Failures.group.finish = self.writer.wait
             while self.epoch < self.epochs:
                 epoch, best = self.epoch, False
                 stats = self.train_epoch(model)

@@ -2,8 +2,8 @@
 
     python docs/token_merging.py --eval --resume CHECKPOINT --keep-rates 0.9 0.7 0.5 … (the flags of main.py)
 
-For each keep rate, every block merges as many tokens as make the GMACs those of `merge_token` at this rate; the images/s
-of both are measured with windows in turn.
+For each keep rate, every block merges as many tokens as make the GMACs those of `merge_token` at this rate. The
+images/s of both are measured with windows in turn.
 """
 import sys
 from pathlib import Path

@@ -112,6 +112,8 @@ def test_gpu_of_the_local_rank(name, variables, expected, environment, monkeypat
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
     monkeypatch.setattr(distributed, 'rendezvous', lambda *arguments, **options: iter([(store, 0, 4)]))
+    checked, check = [], distributed.check_devices
+    monkeypatch.setattr(distributed, 'check_devices', lambda *arguments: checked.append(check(*arguments)))
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(uuid='GPU-0'))
     monkeypatch.setattr(distributed, 'Failures', lambda *_: None)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, **kwargs: joined.append(backend))
@@ -120,14 +122,18 @@ def test_gpu_of_the_local_rank(name, variables, expected, environment, monkeypat
             init_process_group(name)
         return
     assert init_process_group(name) == torch.device(expected) and chosen == [torch.device(expected)]
-    assert joined == (['nccl'] if variables else [])
+    assert joined == (['nccl'] if variables else []) and len(checked) == len(joined)
 
 
 def test_cores_per_process(monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: set(range(21)), raising=False)
+    monkeypatch.delenv('SLURM_CPUS_PER_TASK', raising=False)
     for processes, cores in (('', 21), ('8', 2), ('64', 1), ('0', 21)):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
         assert cores_per_process() == cores
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '')
+    monkeypatch.setenv('SLURM_CPUS_PER_TASK', '5')
+    assert cores_per_process() == 5
     monkeypatch.setenv('LOCAL_WORLD_SIZE', 'x')
     with pytest.raises(InputError, match='LOCAL_WORLD_SIZE=x'):
         cores_per_process()
@@ -139,8 +145,12 @@ def test_two_processes_with_one_gpu(monkeypatch):
     store = dist.HashStore()
     for process, uuid in ((1, 'GPU-8'), (2, 'GPU-7')):
         store.set(str(process), uuid)
-    with pytest.raises(InputError, match='processes 0, 2 have the same GPU cuda:0; start one process for each GPU'):
-        check_devices(store, torch.device('cuda', 0), 0, 3, datetime.timedelta(seconds=1))
+        store.set(f'read {process}', '')
+    for rank in (0, 1):                                                    # the second has another GPU
+        store.set('1', 'GPU-8')
+        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(uuid=f'GPU-{7 + rank}'))
+        with pytest.raises(InputError, match='processes 0, 2 have the same GPU; start one process for each GPU'):
+            check_devices(store, torch.device('cuda', 0), rank, 3, datetime.timedelta(seconds=1))
 
 
 def test_nccl_that_does_not_start(environment, monkeypatch):

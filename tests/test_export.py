@@ -72,7 +72,7 @@ def test_formats(kind, format, tmp_path, capsys):
 @pytest.mark.parametrize('options', [['--normalize'], ['--normalize', 'floats', '--features', '--batch-size', '2'],
                                      ['--dtype', 'float16', '--ema']], ids=' '.join)
 def test_options(options, tmp_path, capsys):
-    flags = ['--model', 'vit_small_patch14_reg4_dinov2', '--merge_token', '--input-size', '32', '--model-kwargs', *SMALL]
+    flags = [*MODELS['merged registers'], '--input-size', '32', '--model-kwargs', *SMALL]
     weights(tmp_path / 'a.pth', flags)
     state = torch.load(tmp_path / 'a.pth')['model']
     other = {key: value + 1 for key, value in state.items()}
@@ -129,7 +129,7 @@ def test_lines_of_the_documentation(digits_run, tmp_path, capsys):
 
 
 def test_flags_of_the_checkpoint(tmp_path):
-    """Those that are not given are taken over, also from the original's; --token-counts stands for all of a schedule."""
+    """Those that are not given are taken over; --token-counts stands for all of a schedule."""
     trained = {'model': 'vit_tiny_patch16_224', 'model_kwargs': {'depth': 4}, 'input_size': 48, 'base_keep_rate': 0.6,
                'drop_loc': (1, 2), 'keep_schedule': 'stages', 'fuse_token': True, 'merge_token': False,
                'token_counts': None, 'pretrained': False, 'data_set': 'DIGITS'}
@@ -152,7 +152,8 @@ def test_flags_of_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('flags, named', [
     ([], '--resume CHECKPOINT or --pretrained'), (['--resume', 'no.pth'], 'no.pth does not exist'),
-    (['--pretrained', '--ema'], '--ema needs --resume'), (['--resume', 'a.pth', '--output', 'no/b.onnx'], 'no folder no'), (['--resume', 'a.pth', '--output', 'b'], 'must end in .onnx'),
+    (['--pretrained', '--ema'], '--ema needs --resume'), (['--resume', 'a.pth', '--output', 'no/b.onnx'], 'no folder no'),
+    (['--resume', 'a.pth', '--output', 'b'], 'must end in .onnx'),
     (['--resume', 'a.pth', '--kept'], 'vit_tiny_patch16_224 does not reorganise'),
     (['--resume', 'a.pth', '--ema'], 'a.pth has no moving average'), (['--resume', 'a.pth', '--format', 'x'], "'x'"),
     (['--resume', 'a.pth', '--model-kwargs', 'depth=3'], 'a.pth'),
@@ -193,7 +194,8 @@ def test_format_without_its_packages(tmp_path, monkeypatch):
 
 
 def test_hub(tmp_path):
-    model = torch.hub.load(str(ROOT), 'deit_tiny_patch16_shrink_base', source='local', base_keep_rate=0.4, num_classes=3)
+    options = dict(base_keep_rate=0.4, num_classes=3)
+    model = torch.hub.load(str(ROOT), 'deit_tiny_patch16_shrink_base', source='local', **options)
     assert type(model).__name__ == 'EViT' and model.base_keep_rate == 0.4 and model.num_classes == 3
     assert timm.is_model('deit_tiny_patch16_shrink_base')
 
@@ -203,4 +205,4 @@ def test_metadata(digits_run, tmp_path):
     extra = {'metadata.json': ''}
     torch.export.load(tmp_path / 'a.pt2', extra_files=extra)
     data = json.loads(extra['metadata.json'])
-    assert json.loads(data['classes']) == Digits.classes and data['crop_pct'] == '1.0' and data['normalize'] == 'outside'
+    assert json.loads(data['classes']) == Digits.classes and (data['crop_pct'], data['normalize']) == ('1.0', 'outside')

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import time
 
@@ -37,10 +38,17 @@ def fail(error):
 
 
 def run(tmp_path, *behaviours, timeout=600, gloo=True, patience=20):
-    """Call behaviours[rank]() in a process of a group each; → their exit statuses and what each printed on stderr."""
+    """Call behaviours[rank]() in a process of a group each; → their exit statuses and what each printed on stderr.
+
+    The first process hosts the store. The status is None if the process has not ended after `patience` seconds.
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
     def process(rank):
-        sys.stderr = open(tmp_path / f'{rank}.err', 'w', buffering=1)
-        store = dist.FileStore(str(tmp_path / 'store'), len(behaviours))
+        sys.stderr = open(tmp_path / f'{rank}.err', 'w', buffering=1, errors='backslashreplace')     # as Python's
+        store = dist.TCPStore('127.0.0.1', port, len(behaviours), is_master=rank == 0)
         if gloo:
             dist.init_process_group('gloo', store=dist.PrefixStore('group', store), rank=rank,
                                     world_size=len(behaviours))
@@ -126,13 +134,57 @@ def test_process_that_dies_and_a_scheduler_that_ends_the_job(tmp_path, monkeypat
     assert statuses == [1, -9] and re.fullmatch('main.py: error: process 1 of 2 ended .*\n', printed[0])
 
 
-def test_processes_that_end_well(tmp_path):
-    """The first has left long before the second: no error."""
-    def slow():
-        Failures.group.leave()
-        time.sleep(2)
+@pytest.mark.parametrize('late', [0, 1])
+def test_processes_that_end_well(late, tmp_path):
+    """They wait for each other, for instance for the first, which writes a checkpoint, longer than for a silent one."""
+    def end(seconds):
+        time.sleep(seconds)
+        distributed.leave_process_group()
 
-    assert run(tmp_path, lambda: Failures.group.leave(), slow, timeout=1) == ([0, 0], ['', ''])
+    behaviours = [lambda: end(0), lambda: end(0)]
+    behaviours[late] = lambda: end(2.5)
+    assert run(tmp_path, *behaviours, timeout=1) == ([0, 0], ['', ''])
+
+
+def test_process_that_fails_while_another_waits_for_the_end(tmp_path):
+    def leave():
+        try:
+            distributed.leave_process_group()
+        except RuntimeError as error:                  # of gloo; NCCL would wait
+            fail(error)
+
+    statuses, printed = run(tmp_path, lambda: time.sleep(1) or fail(InputError('a')), leave)
+    assert statuses == [2, 2] and printed == ['main.py: error: a\n', '']
+
+
+def test_first_process_stops(tmp_path):
+    """The store that it hosts no longer answers."""
+    statuses, printed = run(tmp_path, lambda: time.sleep(1) or os.kill(os.getpid(), signal.SIGSTOP), block, block,
+                            timeout=1, patience=10)
+    assert statuses == [None, 1, 1]
+    assert printed[1:] == ['main.py: error: process 0 of 3 ended or no longer answers\n', '']
+
+
+def test_checkpoint_is_written_before_the_end(tmp_path):
+    """Of a process that learns that another one failed."""
+    def write(timeout):
+        time.sleep(1.5)
+        (tmp_path / 'written').touch()
+
+    def wait():
+        Failures.group.finish = write
+        block()
+
+    statuses, _ = run(tmp_path, wait, lambda: fail(InputError('no such file')))
+    assert statuses == [2, 2] and (tmp_path / 'written').exists()
+
+
+@pytest.mark.parametrize('name', ['/data/igloo/1.jpg', '\udcff1.png'])
+def test_names_of_files(name, tmp_path):
+    """That look like an error of gloo, or are not UTF-8."""
+    statuses, printed = run(tmp_path, block, lambda: fail(InputError(f'{name} does not decode')))
+    shown = name.encode(errors='backslashreplace').decode()
+    assert statuses == [2, 2] and printed[0] == f'main.py: error: process 1: {shown} does not decode\n'
 
 
 @pytest.mark.parametrize('error, status, line', [

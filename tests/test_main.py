@@ -29,6 +29,13 @@ def test_defaults_of_the_recipe():
     assert args.device == ('cuda' if torch.cuda.is_available() else 'cpu')
 
 
+def test_deterministic_kernels(monkeypatch):
+    monkeypatch.setattr(main, 'choose_kernels', lambda *arguments: sys.exit(str(arguments)))
+    for flags, chosen in ((['--deterministic'], True), ([], False)):
+        with pytest.raises(SystemExit, match=f"type='cpu'.*{chosen}"):
+            main.main(parse_args([*PLAIN, *flags]))
+
+
 def test_flags_with_dashes_and_underscores():
     one = parse_args(['--base_keep_rate', '0.5', '--drop_loc', '(2, 5)', '--no_model_ema', '--output_dir=a_b'])
     other = parse_args(['--base-keep-rate=0.5', '--drop-loc', '2,5', '--no-model-ema', '--output-dir', 'a_b'])

@@ -408,7 +408,7 @@ def test_compiled_backward_pass_selects_no_tokens_anew(way):
     torch.compile(model, fullgraph=True, backend=backend)(torch.randn(2, 3, 64, 64)).square().sum().backward()
     selections = [[name for name in names if re.search(r'aten\.(topk|sort|argmax)', name)] for names in operations]
     assert len(selections[0]) == (2 if way == 'fuse_token' else 4) and selections[1] == []
-    assert 'aten._scaled_dot_product_flash_attention_for_cpu.default' in operations[1]      # is computed again
+    assert 'aten.gelu.default' in operations[1]        # is computed again
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])

@@ -310,6 +310,13 @@ def test_from_evit_of_another_model():
             from_evit(model)
 
 
+def test_token_counts_of_a_new_model():
+    built = EViT(token_counts=(17, 9), img_size=32, patch_size=8, embed_dim=12, num_heads=2, depth=2)
+    assert built.token_counts() == (None, 8) and built.drop_loc == (1,)
+    built.set_input_size((64, 64))                     # of 64 patches, half
+    assert built.token_counts() == (None, 32)
+
+
 def test_settings_of_an_evit():
     model = to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=4), 0.7, (1,), fuse_token=True)
     for arguments in ((0,), (1.1,), (0.5, (4,)), (0.5, (-1,)), (0.5, (1,), True, True)):

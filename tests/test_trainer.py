@@ -12,6 +12,7 @@ import main
 import trainer
 from checkpoint import CheckpointWriter, load_run, write_checkpoint
 from conftest import PLAIN, TINY, open_picture, reference
+from datasets import DeviceLoader
 from distributed import Stopped
 from engine import keep_rate_at
 from main import parse_args
@@ -221,6 +222,18 @@ def test_order_keep_rate_evaluation_and_best_of_each_epoch(image_folder, tmp_pat
     assert len({tuple(index for index, _ in share) for share in orders}) == 6
     assert ['test_acc1' in line for line in lines] == [False, True] * 3
     assert best == [False, True, False, True, False, False]
+
+
+def test_workers_begin_with_the_next_epoch_during_an_evaluation(image_folder, tmp_path, monkeypatch):
+    """With its own samples, and not after the last epoch."""
+    orders, begun = [], []
+    order, prefetch = TrainSampler.__iter__, DeviceLoader.prefetch
+    monkeypatch.setattr(TrainSampler, '__iter__', lambda self: iter(orders.append(list(order(self))) or orders[-1]))
+    monkeypatch.setattr(DeviceLoader, 'prefetch', lambda self: begun.append(self.sampler.epoch) or prefetch(self))
+    main.main(parse_args([*PLAIN, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '4',
+                          '--eval-interval', '2', '--num_workers', '1', '--output_dir', str(tmp_path)]))
+    assert begun == [2] and len(orders) == 4
+    assert [key for share in orders for _, key in share] == [(0, epoch, i) for epoch in range(4) for i in range(24)]
 
 
 def test_moving_average(digits_run):
