@@ -2,10 +2,11 @@
 
     python export.py --resume /runs/evit07/checkpoint.pth --format onnx --output evit07.onnx
 
-The flags of the model are those of main.py; what is not given is read from the checkpoint. The file is compared with the
-model before it gets its name. docs/export.md shows how to use it.
+The flags of the model are those of main.py; what is not given is read from the checkpoint. The file is compared with
+the model before it gets its name. docs/export.md shows how to use it.
 """
 import argparse
+import copy
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ import torch.nn as nn
 from arguments import ArgumentParser, HelpFormatter, block_numbers, positive, with_dashes
 from checkpoint import load_checkpoint, load_weights
 from compiled_model import check_compiler
-from datasets import DIGITS
+from datasets import DIGITS, Preprocessing
 from distributed import cuda_device, parse_device
 from failures import exit_failed
 from model_factory import SCHEDULE_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of
@@ -176,7 +177,9 @@ def write_onnx(program, path, names, metadata):
                                  verbose=False)
     exported.model.metadata_props.update(metadata)
     exported.save(path)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return (lambda images: [torch.from_numpy(output) for output in session.run(None, {'images': images.cpu().numpy()})],
             f'onnxruntime {onnxruntime.__version__}')
 
@@ -200,6 +203,38 @@ WRITERS = {'onnx': write_onnx, 'pt2': write_pt2, 'aoti': write_aoti}
 # --- Export ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
+def write(exportable, images, path, format, names=('logits',), metadata={}, dynamic_shapes=None):
+    """Write the file for such images; → a function that runs it, and its runtime. Raises InputError."""
+    try:
+        program = torch.export.export(exportable, (images,), dynamic_shapes=dynamic_shapes)
+        return WRITERS[format](program, path, [*names], metadata)
+    except InputError:
+        raise
+    except Exception as error:                         # of many kinds: torch's, of onnxruntime, of the C++ compiler
+        raise InputError(f'--format {format}: the model cannot be exported: {one_line(error)}') from None
+
+
+class InRuntime(nn.Module):
+    """A model as the file of a format runs it, in order to measure it.
+
+    Args:
+        model: in eval mode; it is not changed.
+        format: of WRITERS.
+        images: (B, 3, S, S), normalised; the only shape that it takes.
+        dtype: of the weights.
+    """
+
+    def __init__(self, model, format, images, dtype):
+        super().__init__()
+        exportable = Exportable(copy.deepcopy(model).to(dtype), Preprocessing()).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            self.run, _ = write(exportable, images, Path(folder) / f'model{SUFFIXES[format]}', format)
+
+    def forward(self, images):
+        return self.run(images)[0]
+
+
+@torch.no_grad()
 def export(exportable, output, format, size, metadata, batch_size=None):
     """Write the file once it was compared with the model.
 
@@ -220,13 +255,7 @@ def export(exportable, output, format, size, metadata, batch_size=None):
     names = ['logits', *(f'kept_{i}' for i in range(1, len(exportable(images))))]
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix='.export') as folder:
         path = Path(folder) / output.name
-        try:
-            program = torch.export.export(exportable, (images,), dynamic_shapes=shapes)
-            run, runtime = WRITERS[format](program, path, names, metadata)
-        except InputError:
-            raise
-        except Exception as error:                     # of many kinds: torch's, of onnxruntime, of the C++ compiler
-            raise InputError(f'--format {format}: {metadata["model"]} cannot be exported: {one_line(error)}') from None
+        run, runtime = write(exportable, images, path, format, names, metadata, shapes)
         compared = compare(exportable, run, size, [batch_size] if batch_size else [1, 3])
         os.replace(path, output)
     return f'{output}: {output.stat().st_size / 1e6:.1f} MB; {runtime} against torch {torch.__version__}: {compared}'

@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import math
 import sys
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +23,14 @@ from arguments import ArgumentParser, positive, rate, timm_model
 from benchmark import throughput                       # noqa: F401, for code that imports it from here
 from benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, matrix_product, measured_pass,
                        peak_memory, stopwatch, time_in_turn)
+from export import InRuntime
 from model_factory import create_model
 from models_evit import VARIANTS, obstacle
 from plain_evit import PlainEViT
+from throughput_plot import plot
 from utils import InputError, choose_kernels, one_line
 
+RUNTIMES = {'torch': None, 'compile': None, 'onnxruntime': 'onnx', 'aoti': 'aoti'}         # and formats of export.py
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError
 FAILURES = (AssertionError, InputError, RuntimeError, TypeError, ValueError)
 
@@ -111,15 +113,18 @@ class PlannedRow(NamedTuple):
     label: str
     protocol: Protocol
     plain: bool
+    runtime: str = 'torch'
 
 
-def planned_rows(candidates, protocol, reference):
-    """The PlannedRows of a comparison: the candidates, then with `reference` the plain EViTs.
+def planned_rows(candidates, protocol, reference, runtimes=None):
+    """The PlannedRows of a comparison: the candidates in each runtime, then with `reference` the plain EViTs.
 
     A plain EViT is measured eagerly, by the same protocol otherwise; then, if that differs, as the original code was
     measured, in float32 with gradients.
     """
-    rows = [(candidate, str(candidate), protocol, False) for candidate in candidates]
+    rows = [(candidate, str(candidate), protocol, False) for candidate in candidates if not runtimes]
+    rows += [(candidate, f'{candidate}, {runtime}', dataclasses.replace(protocol, compiled=runtime == 'compile'), False,
+              runtime) for candidate in candidates for runtime in runtimes or ()]
     eager = dataclasses.replace(protocol, compiled=False)
     original = dataclasses.replace(eager, amp_dtype=torch.float32, gradients=not protocol.train)
     for candidate in candidates if reference else ():
@@ -129,10 +134,10 @@ def planned_rows(candidates, protocol, reference):
             if original != eager:
                 mode = '' if protocol.train else ', gradients on'
                 rows.append((candidate, f'{label}, float32{mode}', original, True))
-    for candidate, label, settings, plain in rows:
+    for candidate, label, settings, *rest in rows:
         size = candidate.input_size or protocol.input_size or timm.get_pretrained_cfg(candidate.name).input_size[-1]
         settings = dataclasses.replace(settings, input_size=size)
-        yield PlannedRow(candidate._replace(input_size=size), label, settings, plain)
+        yield PlannedRow(candidate._replace(input_size=size), label, settings, *rest)
 
 
 def prepare(planned, fuse_token, batches):
@@ -151,6 +156,8 @@ def prepare(planned, fuse_token, batches):
     shape = protocol.input_size, protocol.batch_size
     if shape not in batches:
         batches[shape] = protocol.images()
+    if RUNTIMES[planned.runtime]:
+        model = InRuntime(model, RUNTIMES[planned.runtime], batches[shape], protocol.amp_dtype)
     return stopwatch(measured_pass(model, batches[shape], protocol), protocol), facts
 
 
@@ -168,7 +175,7 @@ def window_or_failure(watch, row):
         return math.nan
 
 
-def compare(candidates, protocol, fuse_token, reference=False):
+def compare(candidates, protocol, fuse_token, reference=False, runtimes=None):
     """Measure models in turn.
 
     Args:
@@ -176,6 +183,7 @@ def compare(candidates, protocol, fuse_token, reference=False):
         protocol: an `input_size` of None means each model's own; a `batch_size` of None means the largest that fits.
         fuse_token: whether EViTs fuse the tokens that they do not keep.
         reference: also measure a PlainEViT for each EViT.
+        runtimes: names of RUNTIMES, each of which runs all models; None for that of the protocol.
     Returns:
         a list of rows, dicts with `model`, `input_size`, `protocol`, `top1` (percent or None), `source`, and either
         `failure` or `speed` (Throughput), `gmacs` per image, `mparams` (10⁶), `memory_mib` (None on a CPU), `ratio` and
@@ -185,7 +193,7 @@ def compare(candidates, protocol, fuse_token, reference=False):
     product, product_gmacs = matrix_product(protocol)  # first, while there is memory for it
     one_product = dataclasses.replace(protocol, batch_size=1)
     product_watch = functools.partial(window_or_failure, stopwatch(product, one_product), {})
-    for planned in planned_rows(candidates, protocol, reference):
+    for planned in planned_rows(candidates, protocol, reference, runtimes):
         top1, source = published_accuracy(planned.candidate, fuse_token)
         row = {'model': planned.label, 'protocol': planned.protocol, 'input_size': planned.candidate.input_size,
                'top1': top1, 'source': source}
@@ -255,52 +263,6 @@ def write_csv(path, rows):
             writer.writerow({**row, **figures})
 
 
-def label_points(axes, labels):
-    """Write each (text, x, y) beside its point, on the side where it overlaps least; above is tried first."""
-    from matplotlib.transforms import Bbox
-    axes.figure.canvas.draw()                          # computes the positions
-    taken = [Bbox([pixels - 5, pixels + 5]) for pixels in axes.transData.transform([point for _, *point in labels])]
-    if axes.get_legend():
-        taken.append(axes.get_legend().get_window_extent())
-    for text, *point in labels:
-        sides = [axes.annotate(text, point, (6 * x, 6 * y), textcoords='offset points', fontsize=8,
-                               ha=('center', 'left', 'right')[x], va=('center', 'bottom', 'top')[y])
-                 for x, y in ((0, 1), (1, 0), (-1, 0), (0, -1))]
-        boxes = [side.get_window_extent() for side in sides]
-        best = min(range(len(sides)), key=lambda i: sum(map(boxes[i].overlaps, taken)))
-        taken.append(boxes[best])
-        for side in sides[:best] + sides[best + 1:]:
-            side.remove()
-
-
-def plot(path, rows, title):
-    """Draw images/s against published top-1 accuracy, for the rows that have both, as a PNG."""
-    import matplotlib                                  # only needed here
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(9, 7), layout='constrained')
-    points = sorted((row['speed'].median, row['top1'], row['model']) for row in rows
-                    if 'speed' in row and row['top1'] and not row['model'].startswith('plain'))
-    evits = sorted((point for point in points if '@' in point[2]), key=lambda point: point[2])     # by keep rate
-    others = [point for point in points if point not in evits]
-    for group, line, name in ((evits, 'o-', 'EViT-DeiT-S at its keep rates'), (others, 's', 'other models')):
-        if group:
-            axes.plot([x for x, _, _ in group], [y for _, y, _ in group], line, label=name)
-    axes.set(xscale='log', xlabel='images/s',
-             ylabel='ImageNet-1k top-1, %, published by the authors (EViT) or timm (others)')
-    axes.xaxis.set_major_formatter('{x:g}')
-    axes.xaxis.set_minor_formatter('{x:g}')
-    axes.margins(x=0.15)
-    axes.set_title(textwrap.fill(title, 110), fontsize=8)
-    axes.grid(alpha=0.3)
-    if points:
-        axes.legend()
-    label_points(axes, [(model.partition('@')[2], x, y) for x, y, model in evits]
-                 + [(model.partition('_patch')[0].partition('.')[0], x, y) for x, y, model in others])
-    figure.savefig(path, format='png', dpi=120)
-    pyplot.close(figure)
-
-
 # --- Command line ---------------------------------------------------------------------------------------------------
 
 def parse_candidate(text):
@@ -341,6 +303,8 @@ def parse_args(argv=None):
     parser.add_argument('--fuse-token', action=argparse.BooleanOptionalAction, default=True,
                         help='fuse the tokens that an EViT does not keep (default), or drop them')
     parser.add_argument('--compile', action='store_true', help='compile the models')
+    parser.add_argument('--runtimes', nargs='+', choices=RUNTIMES, help='run each model in all of these; onnxruntime '
+                        'and aoti run files as export.py writes them, with weights of --amp-dtype')
     parser.add_argument('--channels-last', action='store_true', help='channels-last memory format')
     parser.add_argument('--train', action='store_true', help='measure whole training steps')
     parser.add_argument('--reference', action='store_true', help='also measure an EViT written the plain way')
@@ -353,6 +317,8 @@ def parse_args(argv=None):
             parser.error(f'{size} is not a multiple of the patch size {fixed_patch_size(model.name)} of {model.name}')
     if args.device.type == 'cpu' and args.batch_size is None:
         parser.error('--batch-size auto fills the memory of a GPU; on a CPU, give a number')
+    if args.runtimes and (args.train or args.compile or args.device.type != 'cpu'):
+        parser.error('--runtimes compares inference on a CPU; leave out --train and --compile')
     for file in (args.csv, args.plot):
         if file and not file.parent.is_dir():
             parser.error(f'there is no folder {file.parent}')
@@ -376,7 +342,7 @@ def main(argv=None):
                         channels_last=args.channels_last)
     title = f'{protocol}; EViT with other tokens {"fused" if args.fuse_token else "dropped"}'
     print(title, flush=True)
-    rows = compare(candidates, protocol, args.fuse_token, args.reference)
+    rows = compare(candidates, protocol, args.fuse_token, args.reference, args.runtimes)
     print(*format_table(rows), sep='\n')
     if args.csv:
         write_csv(args.csv, rows)

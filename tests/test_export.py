@@ -128,6 +128,18 @@ def test_lines_of_the_documentation(digits_run, tmp_path, capsys):
     assert done.stdout.splitlines() == 2 * ['torch.Size([5, 10]) deit_tiny_patch16_shrink_base']
 
 
+def test_model_in_a_runtime():
+    """For measurements: the outputs of the model, which is not changed."""
+    torch.manual_seed(0)
+    flags = [*MODELS['fused'], '--input-size', '32', '--model-kwargs', *SMALL]
+    model, images = main.build_model(main.parse_args(flags), 5).eval(), torch.randn(2, 3, 32, 32)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
+        run = program.InRuntime(model, 'onnx', images, dtype)
+        with torch.inference_mode():
+            torch.testing.assert_close(run(images), model(images), rtol=tolerance, atol=tolerance)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_flags_of_the_checkpoint(tmp_path):
     """Those that are not given are taken over; --token-counts stands for all of a schedule."""
     trained = {'model': 'vit_tiny_patch16_224', 'model_kwargs': {'depth': 4}, 'input_size': 48, 'base_keep_rate': 0.6,
@@ -152,7 +164,8 @@ def test_flags_of_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('flags, named', [
     ([], '--resume CHECKPOINT or --pretrained'), (['--resume', 'no.pth'], 'no.pth does not exist'),
-    (['--pretrained', '--ema'], '--ema needs --resume'), (['--resume', 'a.pth', '--output', 'no/b.onnx'], 'no folder no'),
+    (['--pretrained', '--ema'], '--ema needs --resume'),
+    (['--resume', 'a.pth', '--output', 'no/b.onnx'], 'no folder no'),
     (['--resume', 'a.pth', '--output', 'b'], 'must end in .onnx'),
     (['--resume', 'a.pth', '--kept'], 'vit_tiny_patch16_224 does not reorganise'),
     (['--resume', 'a.pth', '--ema'], 'a.pth has no moving average'), (['--resume', 'a.pth', '--format', 'x'], "'x'"),

@@ -10,6 +10,7 @@ from PIL import Image
 
 import benchmark
 import speed_test
+import throughput_plot
 from benchmark import Protocol, Throughput, macs
 from models_evit import EViT
 from plain_evit import PlainEViT
@@ -132,6 +133,20 @@ def test_measured_evit(plain, monkeypatch):
     assert evit.base_keep_rate == 0.5 and evit.blocks[3].fuse_token and evit.patch_embed.img_size == (32, 32)
 
 
+def test_runtimes():
+    """The same model in each; a runtime that cannot run it fails alone."""
+    pytest.importorskip('onnxruntime')
+    candidates, runtimes = [Candidate(TINY, 0.5, 32)], ['torch', 'onnxruntime']
+    rows = compare(candidates, protocol(windows=1), True, runtimes=runtimes)
+    assert [row['model'] for row in rows] == [f'{TINY}@0.5, {runtime}' for runtime in runtimes]
+    assert all(row['speed'].median > 0 for row in rows) and rows[0]['gmacs'] == rows[1]['gmacs']
+    rows = compare(candidates, protocol(windows=1, amp_dtype=torch.bfloat16), True, runtimes=runtimes)
+    assert 'speed' in rows[0] and 'cannot be exported' in rows[1]['failure']
+    planned = [*speed_test.planned_rows(candidates, protocol(), False, ['torch', 'compile', 'aoti'])]
+    assert [(row.runtime, row.protocol.compiled) for row in planned] == [
+        ('torch', False), ('compile', True), ('aoti', False)]
+
+
 def test_comparison_with_plain_evits():
     rows = compare([Candidate(TINY, 0.5), Candidate('deit_tiny_patch16_224')], protocol(amp_dtype=torch.bfloat16),
                    fuse_token=True, reference=True)
@@ -210,7 +225,7 @@ def test_plotted_points(monkeypatch, tmp_path):
         return {'model': model, 'top1': top1, 'speed': Throughput((rate,), protocol())}
 
     drawn = []
-    monkeypatch.setattr(speed_test, 'label_points', lambda axes, labels: drawn.append((axes, labels)))
+    monkeypatch.setattr('throughput_plot.label_points', lambda axes, labels: drawn.append((axes, labels)))
     rows = [row(f'{EVIT_SMALL}@0.8', 20., 79.8), row(f'{EVIT_SMALL}@0.7', 30., 79.5), row('resnet18', 50., None),
             row('deit_base_patch16_224', 10., 81.98), row('plain@0.7, float32', 29., 79.5),
             {'model': 'deit_tiny_patch16_224', 'top1': 72.19, 'failure': 'RuntimeError'}]
@@ -232,7 +247,7 @@ def test_labels_of_crowded_points():
               ('pvt_v2_b2', 8.5, 82.), ('tnt_s', 9., 81.5)]
     axes.plot([x for _, x, _ in points], [y for _, _, y in points], 's')
     axes.set(xscale='log', xlim=(3, 30), ylim=(77, 84))
-    speed_test.label_points(axes, points)
+    throughput_plot.label_points(axes, points)
     assert [(text.get_text(), *text.xy) for text in axes.texts] == points
     boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
@@ -291,6 +306,8 @@ def test_exit_status(factor, status, stand_ins, tmp_path):
     (['--models', TINY, '--device', 'cpu', '--batch-size', 'auto'], 'on a CPU, give a number'),
     (['--models', TINY, '--plot', 'no/such/folder/speed.png'], 'no/such/folder'),
     (['--models', TINY, '--data-path', '.'], '--data-path'),
+    (['--models', TINY, '--runtimes', 'torch', '--train'], 'compares inference on a CPU'),
+    (['--models', TINY, '--runtimes', 'tensorrt'], 'tensorrt'),
 ])
 def test_wrong_command_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
