@@ -29,7 +29,7 @@ from token_reorganization import patches_after
 from utils import InputError, one_line
 
 SUFFIXES = {'onnx': '.onnx', 'pt2': '.pt2', 'aoti': '.pt2'}
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}           # of the logits
+TOLERANCE = {'float32': 1e-4, 'float16': 1e-2, 'bfloat16': 1e-1, 'int8': 2e-1}         # of the logits, by the weights
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
@@ -50,7 +50,8 @@ def get_args_parser():
         help='the file normalises the images itself: RGB bytes, or floats from 0 to 1')
     add('--features', action='store_true', help='leave the head out: the output is the pooled features')
     add('--kept', action='store_true', help='more outputs: for each reorganising block, the patches that it kept')
-    add('--dtype', default='float32', choices=['float32', 'float16', 'bfloat16'], help='of the weights')
+    add('--dtype', default='float32', choices=[*TOLERANCE], help='of the weights; int8: of those '
+        'of linear layers, in ONNX')
     add('--device', default='cpu', help='cpu or cuda')
     return parser
 
@@ -63,6 +64,7 @@ def parse_args(argv):
                            (args.ema and not args.resume, '--ema needs --resume'),
                            (args.output.suffix != SUFFIXES[args.format],
                             f'--format {args.format}: the name of the file must end in {SUFFIXES[args.format]}'),
+                           (args.dtype == 'int8' and args.format != 'onnx', '--dtype int8 goes with --format onnx'),
                            (not args.output.absolute().parent.is_dir(), f'there is no folder {args.output.parent}')):
         if wrong:
             parser.error(message)
@@ -167,9 +169,9 @@ def metadata_of(args, preprocessing, checkpoint):
 # --- Formats --------------------------------------------------------------------------------------------------------
 
 def write_onnx(program, path, names, metadata):
-    """Write an ONNX file (opset 18); → a function that runs it, and its runtime."""
+    """Write an ONNX file (opset 18)."""
     try:
-        import onnxruntime
+        import onnxruntime                             # noqa: F401, `open_onnx` uses it
         import onnxscript                              # noqa: F401, torch.onnx uses it
     except ImportError:
         raise InputError('--format onnx needs more packages: pip install -r requirements-export.txt') from None
@@ -177,11 +179,25 @@ def write_onnx(program, path, names, metadata):
                                  verbose=False)
     exported.model.metadata_props.update(metadata)
     exported.save(path)
+    return open_onnx(path)
+
+
+def open_onnx(path):
+    """→ a function that runs an ONNX file, and its runtime."""
+    import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return (lambda images: [torch.from_numpy(output) for output in session.run(None, {'images': images.cpu().numpy()})],
             f'onnxruntime {onnxruntime.__version__}')
+
+
+def write_int8(program, path, names, metadata):
+    """Write an ONNX file whose linear layers have int8 weights and quantise their input as it comes (dynamically)."""
+    write_onnx(program, path, names, metadata)
+    from onnxruntime.quantization import quantize_dynamic
+    quantize_dynamic(path, path, op_types_to_quantize=['MatMul', 'Gemm'])
+    return open_onnx(path)
 
 
 def write_pt2(program, path, names, metadata):
@@ -197,7 +213,8 @@ def write_aoti(program, path, names, metadata):
     return torch._inductor.aoti_load_package(str(path)), 'AOTInductor'
 
 
-WRITERS = {'onnx': write_onnx, 'pt2': write_pt2, 'aoti': write_aoti}
+# Each returns a function that runs the file, and its runtime
+WRITERS = {'onnx': write_onnx, 'onnx int8': write_int8, 'pt2': write_pt2, 'aoti': write_aoti}
 
 
 # --- Export ---------------------------------------------------------------------------------------------------------
@@ -235,7 +252,7 @@ class InRuntime(nn.Module):
 
 
 @torch.no_grad()
-def export(exportable, output, format, size, metadata, batch_size=None):
+def export(exportable, output, format, size, metadata, batch_size=None, dtype='float32'):
     """Write the file once it was compared with the model.
 
     Args:
@@ -245,6 +262,7 @@ def export(exportable, output, format, size, metadata, batch_size=None):
         size: side of the images in pixels.
         metadata: {name: text}.
         batch_size: the only number of images; None for any.
+        dtype: of TOLERANCE, that of the weights in the file.
     Returns:
         a line on what was compared.
     Raises:
@@ -256,17 +274,16 @@ def export(exportable, output, format, size, metadata, batch_size=None):
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix='.export') as folder:
         path = Path(folder) / output.name
         run, runtime = write(exportable, images, path, format, names, metadata, shapes)
-        compared = compare(exportable, run, size, [batch_size] if batch_size else [1, 3])
+        compared = compare(exportable, run, size, [batch_size] if batch_size else [1, 3], dtype)
         os.replace(path, output)
     return f'{output}: {output.stat().st_size / 1e6:.1f} MB; {runtime} against torch {torch.__version__}: {compared}'
 
 
-def compare(exportable, run, size, batch_sizes):
+def compare(exportable, run, size, batch_sizes, dtype='float32'):
     """Run both on random images; → what was compared. InputError if they differ.
 
     Where two tokens have nearly the same score, rounding decides which one is kept; so three draws are tried.
     """
-    dtype = next(exportable.model.parameters()).dtype
     for seed in range(3):
         worst, same = 0., True
         for batch_size in batch_sizes:
@@ -277,7 +294,7 @@ def compare(exportable, run, size, batch_sizes):
             same &= torch.equal(found.argmax(1), logits.argmax(1))
             same &= all(torch.equal(one.sort(1).values, other.to(one).sort(1).values)
                         for one, other in zip(kept, found_kept, strict=True))
-        if worst <= TOLERANCE[dtype] and (same or dtype != torch.float32):
+        if worst <= TOLERANCE[dtype] and (same or dtype != 'float32'):
             break
     else:
         raise InputError(f'the exported model differs: logits by up to {worst:.1e}, '
@@ -297,10 +314,11 @@ def main(argv):
     preprocessing = input_of(args)[1]
     if args.is_digits:
         preprocessing = preprocessing._replace(crop_pct=1.)                # they are never cropped
-    model = build(args, checkpoint).to(device, getattr(torch, args.dtype))
+    quantized = args.dtype == 'int8'                   # by onnxruntime
+    model = build(args, checkpoint).to(device, torch.float32 if quantized else getattr(torch, args.dtype))
     exportable = Exportable(model, preprocessing, args.normalize, args.kept).to(device).eval()
-    print(export(exportable, args.output, args.format, args.input_size, metadata_of(args, preprocessing, checkpoint),
-                 args.batch_size))
+    print(export(exportable, args.output, args.format + ' int8' * quantized, args.input_size,
+                 metadata_of(args, preprocessing, checkpoint), args.batch_size, args.dtype))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ import torch
 import export as program
 import main
 from conftest import PLAIN, ROOT
-from datasets import Digits
+from datasets import Digits, build_dataset
 from utils import InputError
 
 onnx = pytest.importorskip('onnx')                     # of requirements-export.txt
@@ -128,6 +128,36 @@ def test_lines_of_the_documentation(digits_run, tmp_path, capsys):
     assert done.stdout.splitlines() == 2 * ['torch.Size([5, 10]) deit_tiny_patch16_shrink_base']
 
 
+def test_int8(tmp_path, capsys):
+    """Linear layers are quantised, the classes of the digits stay."""
+    import onnxruntime
+    digits = build_dataset(False, input_size=32)
+    flags = [*MODELS['fused'], '--input-size', '32', '--model-kwargs', 'patch_size=8', 'depth=3', 'embed_dim=48']
+    main.main(main.parse_args([*flags, '--epochs', '4', '--warmup-epochs', '0', '--lr', '1e-2', '--mixup', '0', '--cutmix',
+                               '0', '--reprob', '0', '--shrink_start_epoch', '0', '--num_workers', '0', '--device', 'cpu',
+                               '--output_dir', str(tmp_path)]))
+    images, classes = torch.stack([image for image, _ in digits]).numpy(), []
+    for dtype in 'float32', 'int8':
+        run('--resume', tmp_path / 'checkpoint.pth', '--normalize', '--format', 'onnx', '--dtype', dtype, '--output',
+            tmp_path / f'{dtype}.onnx')
+        classes.append(onnxruntime.InferenceSession(tmp_path / f'{dtype}.onnx').run(None, {'images': images})[0].argmax(1))
+    assert (classes[0] == classes[1]).mean() > 0.97
+    assert 'MatMulInteger' in {node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node}
+
+
+def test_openvino(tmp_path):
+    openvino = pytest.importorskip('openvino')
+    flags = [*MODELS['merged registers'], '--input-size', '32', '--model-kwargs', *SMALL]
+    run(*flags, '--kept', *weights(tmp_path / 'a.pth', flags), '--format', 'onnx', '--output', tmp_path / 'a.onnx')
+    core = openvino.Core()                             # whose default precision is bfloat16 on some CPUs
+    compiled = core.compile_model(tmp_path / 'a.onnx', 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    model = main.build_model(main.parse_args(flags), 5).eval()
+    model.load_state_dict(torch.load(tmp_path / 'a.pth')['model'])
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(compiled(images.numpy())[0]), model(images), rtol=1e-4, atol=1e-4)
+
+
 def test_model_in_a_runtime():
     """For measurements: the outputs of the model, which is not changed."""
     torch.manual_seed(0)
@@ -167,6 +197,7 @@ def test_flags_of_the_checkpoint(tmp_path):
     (['--pretrained', '--ema'], '--ema needs --resume'),
     (['--resume', 'a.pth', '--output', 'no/b.onnx'], 'no folder no'),
     (['--resume', 'a.pth', '--output', 'b'], 'must end in .onnx'),
+    (['--resume', 'a.pth', '--dtype', 'int8', '--format', 'pt2', '--output', 'b.pt2'], '--dtype int8 goes with'),
     (['--resume', 'a.pth', '--kept'], 'vit_tiny_patch16_224 does not reorganise'),
     (['--resume', 'a.pth', '--ema'], 'a.pth has no moving average'), (['--resume', 'a.pth', '--format', 'x'], "'x'"),
     (['--resume', 'a.pth', '--model-kwargs', 'depth=3'], 'a.pth'),
