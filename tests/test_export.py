@@ -133,14 +133,14 @@ def test_int8(tmp_path, capsys):
     import onnxruntime
     digits = build_dataset(False, input_size=32)
     flags = [*MODELS['fused'], '--input-size', '32', '--model-kwargs', 'patch_size=8', 'depth=3', 'embed_dim=48']
-    main.main(main.parse_args([*flags, '--epochs', '4', '--warmup-epochs', '0', '--lr', '1e-2', '--mixup', '0', '--cutmix',
-                               '0', '--reprob', '0', '--shrink_start_epoch', '0', '--num_workers', '0', '--device', 'cpu',
+    flags += ['--epochs', '4', '--warmup-epochs', '0', '--lr', '1e-2', '--mixup', '0', '--cutmix', '0', '--reprob', '0']
+    main.main(main.parse_args([*flags, '--shrink_start_epoch', '0', '--num_workers', '0', '--device', 'cpu',
                                '--output_dir', str(tmp_path)]))
     images, classes = torch.stack([image for image, _ in digits]).numpy(), []
     for dtype in 'float32', 'int8':
-        run('--resume', tmp_path / 'checkpoint.pth', '--normalize', '--format', 'onnx', '--dtype', dtype, '--output',
-            tmp_path / f'{dtype}.onnx')
-        classes.append(onnxruntime.InferenceSession(tmp_path / f'{dtype}.onnx').run(None, {'images': images})[0].argmax(1))
+        file = tmp_path / f'{dtype}.onnx'
+        run('--resume', tmp_path / 'checkpoint.pth', '--normalize', '--format', 'onnx', '--dtype', dtype, '--output', file)
+        classes.append(onnxruntime.InferenceSession(file).run(None, {'images': images})[0].argmax(1))
     assert (classes[0] == classes[1]).mean() > 0.97
     assert 'MatMulInteger' in {node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node}
 
