@@ -23,8 +23,8 @@ from compiled_model import check_compiler
 from datasets import DIGITS, Preprocessing
 from distributed import cuda_device, parse_device
 from failures import exit_failed
-from model_factory import SCHEDULE_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of
-from model_factory import token_settings
+from model_factory import (SCHEDULE_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
+                           token_settings)
 from token_reorganization import patches_after
 from utils import InputError, one_line
 
@@ -83,7 +83,7 @@ def take_over(args, trained):
     if isinstance(trained.get('drop_loc'), str):
         trained['drop_loc'] = block_numbers(trained['drop_loc'])
     names = ['model', 'pretrained', 'model_kwargs', 'input_size']
-    if not (args.fuse_token or args.merge_token):
+    if args.fuse_token is None and args.merge_token is None:
         names += ['fuse_token', 'merge_token']
     schedule = [*SCHEDULE_DEFAULTS]
     if trained.get('token_counts') and not any(getattr(args, name) is not None for name in schedule):

@@ -187,6 +187,7 @@ def test_flags_of_the_checkpoint(tmp_path):
     assert {name: getattr(args, name) for name in trained if name != 'data_set'} == {
         name: value for name, value in trained.items() if name != 'data_set'} and args.is_digits
     assert taken('--base-keep-rate', '0.3', '--merge-token') == (0.3, (1, 2), False, True, None)
+    assert taken('--no-fuse-token') == (0.6, (1, 2), False, False, None)
     assert taken('--token-counts', '9,9,9,5')[4] == (9, 9, 9, 5)
     torch.save({'model': weights, 'args': {**trained, 'token_counts': (9, 9, 5, 5)}}, tmp_path / 'a.pth')
     assert taken()[4] == (9, 9, 5, 5) and taken('--base-keep-rate', '0.5')[:5:4] == (0.5, None)
