@@ -1,5 +1,6 @@
 """What happens when one of several processes fails: the others learn why and end, and the console shows it once."""
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -53,7 +54,7 @@ class Failures:
 
     def watch(self):
         """Give signs of life, and end the process if another one failed."""
-        for number in range(2 ** 62):
+        for number in itertools.count():
             try:
                 self.store.set(f'alive {self.rank}', str(number))
                 found = self.told()

@@ -68,7 +68,8 @@ def get_args_parser():
     add('--channels-last', action='store_true', help='channels-last memory format')
     add('--model-ema', action=on_off, default=True, help='keep an exponential moving average of the weights')
     add('--model-ema-decay', type=share, default=0.99996, help='decay of the moving average')
-    add('--model-ema-force-cpu', action='store_true', help='in main memory; a run on a GPU does not evaluate it')
+    add('--model-ema-force-cpu', action='store_true',
+        help='keep the moving average in main memory; while training on a GPU it is not evaluated then')
 
     add = parser.add_argument_group('optimizer').add_argument
     add('--opt', default='adamw', help='name of a timm optimizer')
@@ -104,7 +105,8 @@ def get_args_parser():
     add('--fast-resize', action='store_true',
         help='decode and resize training images with torch instead of Pillow: faster, but values of a resized image '
              'differ by up to 2 of 255')
-    add('--repeated-aug', action=on_off, default=True, help='a third of the images in each epoch, three times')
+    add('--repeated-aug', action=on_off, default=True,
+        help='each image three times per epoch, which covers a third of the images')
     add('--reprob', type=share, default=0.25, help='probability of random erasing')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='fill of random erasing')
     add('--recount', type=positive(int), default=1, help='maximum number of erased regions')
@@ -113,7 +115,8 @@ def get_args_parser():
     add('--cutmix-minmax', type=share, nargs=2, help='minimum and maximum ratio of cutmix, instead of alpha')
     add('--mixup-prob', type=share, default=1.0, help='probability of mixup or cutmix per batch')
     add('--mixup-switch-prob', type=share, default=0.5, help='probability of cutmix if both are on')
-    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='batch is the fastest on a GPU')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'],
+        help='mix per batch, pair or element; a GPU waits in each step for the factors of pairs and elements')
 
     add = parser.add_argument_group('distillation').add_argument
     add('--teacher-model', type=timm_model, default='regnety_160', help='name of a timm model')
@@ -147,15 +150,18 @@ def get_args_parser():
         help='file or https address to continue from; auto: the newest of the output folder, if it has one')
     add('--checkpoint-interval', type=positive(int), default=500,
         help='updates between checkpoints; one is saved after each epoch, too')
-    add('--skip-nonfinite', type=count, default=0, help='updates in a row with a non-finite loss to skip, then fail')
+    add('--skip-nonfinite', type=count, default=0,
+        help='consecutive updates with a non-finite loss to skip before failing')
     add('--start-epoch', type=count, default=0, help='number of the first epoch')
     add('--eval-interval', type=positive(int), default=1, help='epochs between evaluations')
     add('--print-freq', type=positive(int), default=50, help='steps between lines on the console')
-    add('--log-masks', action=on_off, default=True, help='show in TensorBoard what is kept of 8 validation images')
+    add('--log-masks', action=on_off, default=True,
+        help='at each evaluation, show in TensorBoard which patches of 8 validation images are kept')
     add('--dist-eval', action='store_true', help='share the evaluation among the processes')
     add('--world-size', type=positive(int), default=1, help='number of processes, unless the environment has it')
     add('--dist-url', default='env://', help='where the processes meet')
-    add('--dist-timeout', type=within(1, 10 ** 6), default=600, help='seconds to wait for a process before giving up')
+    add('--dist-timeout', type=within(1, 10 ** 6), default=600,
+        help='seconds to wait for a process before giving it up')
     return parser
 
 

@@ -111,7 +111,8 @@ def add_model_arguments(parser):
         'tokens leave each block, the class token included')
     model = parser.add_argument_group('model')
     add = model.add_argument
-    add('--model', type=timm_model, default='deit_small_patch16_shrink_base', help='of models_evit.py, or any of timm')
+    add('--model', type=timm_model, default='deit_small_patch16_shrink_base',
+        help='a model of models_evit.py or any timm model')
     add('--pretrained', action='store_true', help="take images as timm's weights of the model do, and start from these "
         'weights unless others are named')
     add('--model-kwargs', nargs='+', default=[], action='extend', type=key_value, metavar='KEY=VALUE',
