@@ -14,10 +14,9 @@ from benchmark import Protocol, Throughput, macs, measured_pass, stopwatch, time
 from distributed import all_reduce, broadcast_object, log, rank, world_size
 from engine import count
 from logger import Progress
-from models_evit import to_evit
+from models_evit import WAYS, to_evit
 from utils import InputError, atomic_write, autocast
 
-WAYS = {'drop': {}, 'fuse': {'fuse_token': True}, 'merge': {'merge_token': True}}
 FULL = 'full'                                          # the way of the row at rate 1
 BATCHES_PER_SAVE = 20
 SUMS = 'top1', 'top5', 'loss', 'images', 'same'

@@ -16,7 +16,7 @@ from arguments import (ArgumentParser, HelpFormatter, count, non_negative, posit
                        with_dashes, within)
 from benchmark import report_speed
 from checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights
-from curve import WAYS, draw_curve, way_of
+from curve import draw_curve, way_of
 from datasets import (DIGITS, INAT_CATEGORIES, SeededDataset, build_dataset, build_loader, check_same_classes,
                       spread)
 from distributed import (Stopped, cores_per_process, ignore_stop_signals, init_process_group, kill_workers,
@@ -28,6 +28,7 @@ from logger import make_output_folder
 from losses import DistillationLoss, build_base_criterion
 from model_factory import (TOKEN_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
                            token_settings)
+from models_evit import WAYS
 from samplers import EvalSampler, TrainSampler
 from trainer import Trainer
 from utils import InputError, choose_amp_dtype, choose_kernels, seed_all

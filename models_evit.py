@@ -224,6 +224,7 @@ EVIT_CLASSES = {
     nn.GELU: InplaceGELU,
 }
 TIMM_CLASSES = {ours: theirs for theirs, ours in EVIT_CLASSES.items()}
+WAYS = {'drop': {}, 'fuse': {'fuse_token': True}, 'merge': {'merge_token': True}}       # arguments of `to_evit`
 UNSERVED = {
     **dict.fromkeys(['Beit', 'VisionTransformerRelPos', 'VisionTransformerSAM'],
                     'its attention has a relative position bias'),

@@ -25,7 +25,7 @@ from benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, ma
                        peak_memory, stopwatch, time_in_turn)
 from export import InRuntime
 from model_factory import create_model
-from models_evit import VARIANTS, obstacle
+from models_evit import VARIANTS, WAYS, obstacle
 from plain_evit import PlainEViT
 from throughput_plot import plot
 from utils import InputError, choose_kernels, one_line
@@ -38,13 +38,22 @@ FAILURES = (AssertionError, InputError, RuntimeError, TypeError, ValueError)
 # --- Candidates -----------------------------------------------------------------------------------------------------
 
 class Candidate(NamedTuple):
-    """A model by timm's name, with its base keep rate (EViTs only), input size in pixels; None for the model's own."""
+    """A model by timm's name, with its base keep rate (EViTs only), input size in pixels; None for the model's own.
+
+    `way` is one of WAYS, None for that of --fuse-token.
+    """
     name: str
     keep_rate: float | None = None
     input_size: int | None = None
+    way: str | None = None
 
     def __str__(self):
-        return self.name if self.keep_rate is None else f'{self.name}@{self.keep_rate:g}'
+        rate = '' if self.keep_rate is None else f'@{self.keep_rate:g}'
+        return self.name + rate + (f'-{self.way}' if self.way else '')
+
+    def way_or(self, fuse_token):
+        """The way, or that of --fuse-token."""
+        return self.way or ('fuse' if fuse_token else 'drop')
 
 
 EVIT_SMALL = 'deit_small_patch16_shrink_base'
@@ -73,11 +82,11 @@ def fixed_patch_size(name):
 
 
 def build_candidate(candidate, fuse_token):
-    """Create a candidate with random weights in eval mode; `fuse_token` is for an EViT."""
-    name, keep_rate, input_size = candidate
+    """Create a candidate with random weights in eval mode; `fuse_token` is for an EViT of no `way`."""
+    name, keep_rate, input_size, _ = candidate
     if keep_rate is None and name in VARIANTS:
         keep_rate = VARIANTS[name].keep_rate
-    tokens = None if keep_rate is None else dict(base_keep_rate=keep_rate, fuse_token=fuse_token)
+    tokens = None if keep_rate is None else dict(base_keep_rate=keep_rate) | WAYS[candidate.way_or(fuse_token)]
     return create_model(name, input_size=input_size, tokens=tokens).eval()
 
 
@@ -96,7 +105,8 @@ def read_accuracies():
 def published_accuracy(candidate, fuse_token):
     """(top-1 in %, source) of a candidate with timm's default weights at its input size, or (None, None)."""
     if candidate.name == EVIT_SMALL:
-        weights = f'EViT-DeiT-S/{candidate.keep_rate} {"fused" if fuse_token else "dropped"}'
+        done = {'drop': 'dropped', 'fuse': 'fused', 'merge': 'merged'}[candidate.way_or(fuse_token)]
+        weights = f'EViT-DeiT-S/{candidate.keep_rate} {done}'
     elif candidate.keep_rate is not None:
         return None, None
     else:
@@ -128,7 +138,7 @@ def planned_rows(candidates, protocol, reference, runtimes=None):
     eager = dataclasses.replace(protocol, compiled=False)
     original = dataclasses.replace(eager, amp_dtype=torch.float32, gradients=not protocol.train)
     for candidate in candidates if reference else ():
-        if candidate.name in VARIANTS:
+        if candidate.name in VARIANTS and candidate.way != 'merge':        # which a PlainEViT cannot
             label = str(candidate).replace(candidate.name, 'plain')
             rows.append((candidate, f'{label}, {eager.precision}', eager, True))
             if original != eager:
@@ -181,7 +191,7 @@ def compare(candidates, protocol, fuse_token, reference=False, runtimes=None):
     Args:
         candidates: a list of Candidate.
         protocol: an `input_size` of None means each model's own; a `batch_size` of None means the largest that fits.
-        fuse_token: whether EViTs fuse the tokens that they do not keep.
+        fuse_token: whether EViTs of no `way` fuse the tokens that they do not keep.
         reference: also measure a PlainEViT for each EViT.
         runtimes: names of RUNTIMES, each of which runs all models; None for that of the protocol.
     Returns:
@@ -266,9 +276,10 @@ def write_csv(path, rows):
 # --- Command line ---------------------------------------------------------------------------------------------------
 
 def parse_candidate(text):
-    """An argparse type: 'NAME[@RATE][:SIZE]' → Candidate."""
+    """An argparse type: 'NAME[@RATE[-WAY]][:SIZE]' → Candidate."""
     base, colon, size = text.partition(':')
     name, at, keep_rate = base.partition('@')
+    keep_rate, dash, way = keep_rate.partition('-')
     timm_model(name)
     if at and name not in VARIANTS:
         with torch.device('meta'):                     # without weights
@@ -276,9 +287,12 @@ def parse_candidate(text):
         if reason:
             raise argparse.ArgumentTypeError(f'{name} has no keep rate: {reason}')
     try:
-        return Candidate(name, rate(keep_rate) if at else None, positive(int)(size) if colon else None)
+        if dash and way not in WAYS:
+            raise ValueError
+        return Candidate(name, rate(keep_rate) if at else None, positive(int)(size) if colon else None, way or None)
     except (argparse.ArgumentTypeError, ValueError):
-        raise argparse.ArgumentTypeError(f'{text}: RATE must be in (0, 1], SIZE a number of pixels') from None
+        raise argparse.ArgumentTypeError(f'{text}: RATE must be in (0, 1], WAY one of {", ".join(WAYS)}, SIZE a number '
+                                         'of pixels') from None
 
 
 def number_or_auto(text):
@@ -289,9 +303,11 @@ def number_or_auto(text):
 def parse_args(argv=None):
     parser = ArgumentParser(description='Compare throughput, MACs, parameters and peak memory of models.',
                             epilog='With --loader, all other flags go to loader_benchmark.py.')
-    parser.add_argument('--models', nargs='+', type=parse_candidate, metavar='NAME[@RATE][:SIZE]', default=FIGURE_4,
+    parser.add_argument('--models', nargs='+', type=parse_candidate, metavar='NAME[@RATE[-WAY]][:SIZE]',
+                        default=FIGURE_4,
                         help='timm models, or those of models_evit.py; RATE: base keep rate, which makes an EViT of '
-                             "the model; SIZE: input size in pixels (default: the models of the paper's Figure 4)")
+                             'the model; WAY: drop, fuse or merge the other tokens (default: by --fuse-token); SIZE: '
+                             "input size in pixels (default: the models of the paper's Figure 4)")
     parser.add_argument('--input-size', type=positive(int),
                         help='height and width of the images in pixels, for all models (default: each its own)')
     parser.add_argument('--batch-size', type=number_or_auto, default=16,

@@ -59,6 +59,8 @@ def test_built_candidates():
     assert model.patch_embed.img_size == (48, 48)
     default = build_candidate(Candidate(TINY, None, 48), False)
     assert default.base_keep_rate == 0.7 and not default.blocks[3].fuse_token
+    merging = build_candidate(Candidate(TINY, 0.4, 48, 'merge'), True)
+    assert merging.blocks[3].merge_token and not merging.blocks[3].fuse_token
     build_candidate(Candidate('test_resnet', None, 48), True)                          # has no image size
 
 
@@ -84,6 +86,8 @@ def test_figure_4():
     (Candidate(EVIT_SMALL, 0.7, 224), True, (79.5, 'EViT')),
     (Candidate(EVIT_SMALL, 0.7, 224), False, (79.4, 'EViT')),
     (Candidate(EVIT_SMALL, 0.5, 224), True, (78.5, 'EViT')),
+    (Candidate(EVIT_SMALL, 0.5, 224, 'drop'), True, (78.4, 'EViT')),
+    (Candidate(EVIT_SMALL, 0.5, 224, 'merge'), True, (None, None)),
     (Candidate(EVIT_SMALL, 0.75, 224), True, (None, None)),
     (Candidate(EVIT_SMALL, None, 224), True, (None, None)),
     (Candidate(EVIT_SMALL, 0.7, 256), True, (None, None)),
@@ -106,19 +110,19 @@ def test_published_accuracy(candidate, fuse_token, expected):
 
 def test_rows_of_plain_evits():
     """A plain EViT is measured eagerly, once in our precision and once as the original code was measured."""
-    candidates = [Candidate(TINY, 0.5), Candidate('deit_tiny_patch16_224')]
+    candidates = [Candidate(TINY, 0.5), Candidate('deit_tiny_patch16_224'), Candidate(TINY, 0.5, way='merge')]
 
     def rows(settings):
         return [(row.label, row.protocol, row.plain) for row in planned_rows(candidates, settings, reference=True)]
 
     ours = protocol(amp_dtype=torch.bfloat16, compiled=True)
     assert rows(ours) == [
-        (f'{TINY}@0.5', ours, False), ('deit_tiny_patch16_224', ours, False),
+        (f'{TINY}@0.5', ours, False), ('deit_tiny_patch16_224', ours, False), (f'{TINY}@0.5-merge', ours, False),
         ('plain@0.5, bfloat16 autocast', protocol(amp_dtype=torch.bfloat16), True),
         ('plain@0.5, float32, gradients on', protocol(gradients=True), True)]
-    assert rows(protocol())[2:] == [('plain@0.5, float32', protocol(), True),
+    assert rows(protocol())[3:] == [('plain@0.5, float32', protocol(), True),
                                     ('plain@0.5, float32, gradients on', protocol(gradients=True), True)]
-    assert rows(protocol(train=True))[2:] == [('plain@0.5, float32', protocol(train=True), True)]
+    assert rows(protocol(train=True))[3:] == [('plain@0.5, float32', protocol(train=True), True)]
 
 
 @pytest.mark.parametrize('plain', [False, True])
@@ -300,8 +304,9 @@ def test_exit_status(factor, status, stand_ins, tmp_path):
     (['--models', TINY, 'deit_tiny_patch16_224', '--batch-size', '0'], '--batch-size'),
     (['--models', TINY, '--csv', 'no/such/folder/speed.csv'], 'no/such/folder'),
     (['--models', f'{TINY}:100'], 'multiple of the patch size'),
-    (['--models', f'{TINY}:0'], ':0: RATE must be in (0, 1], SIZE a number of pixels'),
-    (['--models', f'{TINY}@0.5:x'], ':x: RATE must be in (0, 1], SIZE a number of pixels'),
+    (['--models', f'{TINY}:0'], ':0: RATE must be in (0, 1], WAY one of drop, fuse, merge, SIZE a number'),
+    (['--models', f'{TINY}@0.5:x'], '@0.5:x: RATE must be in (0, 1]'),
+    (['--models', f'{TINY}@0.5-mix'], '@0.5-mix: RATE must be in (0, 1]'),
     (['--models', TINY, '--device', 'tpu'], 'must be auto, cpu or cuda, not tpu'),
     (['--models', TINY, '--device', 'cpu', '--batch-size', 'auto'], 'on a CPU, give a number'),
     (['--models', TINY, '--plot', 'no/such/folder/speed.png'], 'no/such/folder'),
@@ -331,6 +336,7 @@ def test_candidates_on_the_command_line():
     assert args.models == [Candidate(TINY, 1.), Candidate('resnet18')] and args.fuse_token
     args = parse_args(['--models', f'{TINY}@0.8:256', 'resnet18:160', '--batch-size', '7'])
     assert args.models == [Candidate(TINY, 0.8, 256), Candidate('resnet18', None, 160)] and args.batch_size == 7
+    assert parse_args(['--models', f'{TINY}@0.8-merge:256']).models == [Candidate(TINY, 0.8, 256, 'merge')]
 
 
 def test_input_sizes_without_patches():
