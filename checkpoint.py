@@ -214,11 +214,15 @@ def load_checkpoint(source):
         raise DamagedCheckpoint(
             f'{source} is not a checkpoint: it is no file of torch.save, is cut short or damaged, or holds more '
             'than tensors and plain values, which is not loaded because it could run code') from None
-    if isinstance(checkpoint, dict) and 'model' not in checkpoint:
-        checkpoint = {'model': checkpoint.get('state_dict', checkpoint)}
+    if isinstance(checkpoint, dict) and 'model' not in checkpoint:         # of timm's scripts, or a bare state dict
+        average = checkpoint.get('state_dict_ema')
+        checkpoint = {'model': checkpoint.get('state_dict', average or checkpoint), 'model_ema': average}
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint['model'], dict)
             and all(isinstance(value, torch.Tensor) for value in checkpoint['model'].values()) and checkpoint['model']):
         raise DamagedCheckpoint(f'{source} is not a checkpoint: it holds no state dict of a model')
+    for part in ('model', 'model_ema'):
+        if isinstance(checkpoint.get(part), dict):
+            checkpoint[part] = clean_state_dict(checkpoint[part])          # of the prefixes of DDP and torch.compile
     return checkpoint
 
 
@@ -255,7 +259,7 @@ def load_run(source, settings, evaluates_only):
     if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
         model = [name for name in model if name not in ('base_keep_rate', 'drop_loc', 'keep_schedule')]
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
-                'weight_decay')
+                'weight_decay', 'dense_weight')
     for name in () if evaluates_only else ('opt', 'sched'):
         if name in trained and trained[name] != settings[name]:
             raise InputError(f'{source} was trained with --{name} {trained[name]} and cannot go on with '
@@ -318,7 +322,6 @@ def convert_weights(weights, model, source):
 
     Position embeddings are resized as `resize_pos_embed` does. Raises InputError if the conversion fails.
     """
-    weights = clean_state_dict(weights)
     module = timm.model_entrypoint(model.pretrained_cfg['architecture']).__module__
     convert = getattr(sys.modules[module], 'checkpoint_filter_fn', None)
     if convert is None:

@@ -55,16 +55,16 @@ class CompiledModel(nn.Module):
         # split the model into several graphs: the token counts would be variables between them.
         self.settings = torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False)
 
-    def forward(self, images, keep_rate=None):
+    def forward(self, images, keep_rate=None, **options):
         """Like the model's forward; `keep_rate` is for an EViT."""
         with self.settings:
-            return self.choose_graph(images, keep_rate)
+            return self.choose_graph(images, keep_rate, options)
 
-    def choose_graph(self, images, keep_rate):
+    def choose_graph(self, images, keep_rate, options):
         static = self.train_graph if torch.is_grad_enabled() else self.eval_graph
         if keep_rate is None:
-            return static(images)
+            return static(images, **options)
         tokens = self.model.token_counts(keep_rate)
         if tokens == self.model.token_counts():
-            return static(images)
-        return (self.shrinking_graph if any(tokens) else static)(images, tokens=tokens)
+            return static(images, **options)
+        return (self.shrinking_graph if any(tokens) else static)(images, tokens=tokens, **options)

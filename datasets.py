@@ -258,13 +258,13 @@ def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=Fal
 # --- Batches on the device ------------------------------------------------------------------------------------------
 
 class DeviceLoader:
-    """The batches of a DataLoader on the device: normalised float32 images (B, 3, H, W), labels (B,).
+    """The batches of a DataLoader on the device: normalised float32 images (B, 3, H, W), labels (B,), what follows.
 
     Images are copied as bytes, a quarter of the size, and on a GPU in parallel with its work. (timm's PrefetchLoader
     does so too, but until recently it could overwrite a batch in use, and it fails on an empty data set.)
 
     Args:
-        loader: yields (uint8 images, labels), in pinned memory for copies in parallel with other work.
+        loader: yields (uint8 images, labels, …), in pinned memory for copies in parallel with other work.
         device: torch.device.
         channels_last: memory format of the images.
         preprocessing: whose mean and std normalise the images.
@@ -290,11 +290,11 @@ class DeviceLoader:
     def __iter__(self):
         batches, self.batches = self.batches or iter(self.loader), None
         for batch in batches:
-            images, labels = self._to_device(batch)
+            images, *others = self._to_device(batch)
             # The operations of ToTensor and Normalize in their order, for the same values to the last bit. By a number,
             # CUDA would not divide, but multiply with its reciprocal.
             images = images.to(torch.float32, memory_format=self.memory_format)
-            yield images.div_(self.white).sub_(self.mean).div_(self.std), labels
+            yield images.div_(self.white).sub_(self.mean).div_(self.std), *others
 
     def _to_device(self, batch):
         if self.stream is None:

@@ -26,17 +26,19 @@ def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_ra
 
 
 def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scaler, amp_dtype, seed, keep_rate=None,
-                    erase=None, mixup=None, model_ema=None, clip_grad=None, accum_steps=1, skip_nonfinite=0,
+                    erase=None, mixup=None, token_labeling=None, model_ema=None, clip_grad=None, accum_steps=1, skip_nonfinite=0,
                     print_freq=50, state=None, after_update=None):
     """Train for one epoch, or the rest of it, in the mode (train or eval) that the model is in.
 
     Args:
-        loader: yields the remaining batches (images, labels) on the device; the images are modified in place.
+        loader: yields the remaining batches (images, labels) on the device; the images are modified in place. With
+            token labels, their maps and boxes follow.
         criterion: (images, outputs, labels) → loss.
         scaler: torch.amp.GradScaler, disabled unless amp_dtype is float16.
         keep_rate: step of the epoch → keep rate for the model; None for a model without one.
         erase: random erasing, images → images.
         mixup: (images, labels) → (mixed images, soft labels).
+        token_labeling: a `TokenLabeling`, for an LV-ViT; None for a criterion of the logits alone.
         model_ema: timm's ModelEmaV3.
         accum_steps: batches whose mean gradient makes one update; the last update of the epoch may have fewer.
         skip_nonfinite: consecutive updates with a non-finite loss to skip before failing. If it is not 0, each update
@@ -52,7 +54,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
     """
     progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True, state=state)
     skips = False                                                          # whether this update is skipped
-    for step, (images, labels) in enumerate(loader, start=progress.step):
+    for step, (images, labels, *token_labels) in enumerate(loader, start=progress.step):
         # For erasing, mixup, dropout and drop path. The 1 keeps these keys apart from those of samples (TrainSampler)
         seed_all(seed, epoch, step, 1 + rank())
         if erase is not None:
@@ -60,12 +62,15 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         if mixup is not None:
             images, labels = mixup(images, labels)
         rate = {} if keep_rate is None else {'keep_rate': keep_rate(step)}
+        mixed = {}
+        if token_labeling is not None:
+            labels, mixed['mixed'] = token_labeling(labels, *token_labels)
         first = step - step % accum_steps                                  # first batch of this update
         batches = min(accum_steps, len(loader) - first)
         is_last = step + 1 == first + batches
         with contextlib.nullcontext() if is_last or not hasattr(model, 'no_sync') else model.no_sync():
             with autocast(device, amp_dtype):
-                loss = criterion(images, model(images, **rate), labels)
+                loss = criterion(images, model(images, **rate, **mixed), labels)
             skips |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
             if not skips:
                 scaler.scale(loss / batches).backward()

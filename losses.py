@@ -1,4 +1,4 @@
-"""The criterion: cross entropy, and the distillation loss of DeiT (arXiv:2012.12877)."""
+"""The criterion: cross entropy, the distillation loss of DeiT (arXiv:2012.12877), the token loss of LV-ViT."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -53,3 +53,31 @@ class DistillationLoss(nn.Module):
         else:
             distillation_loss = F.cross_entropy(outputs_kd, teacher_outputs.argmax(dim=1))
         return base_loss * (1 - self.alpha) + distillation_loss * self.alpha
+
+
+class TokenLabelingLoss(nn.Module):
+    """Cross entropy of the class token, plus `dense_weight` times the mean of that of the patch tokens (LV-ViT, §3.2).
+
+    Only patches that remain have a part in it, and no fused token.
+    """
+
+    def __init__(self, dense_weight=0.5):
+        super().__init__()
+        self.dense_weight = dense_weight
+
+    def forward(self, images, outputs, targets):
+        """→ scalar.
+
+        Args:
+            images: not used.
+            outputs: of `EViTLVViT.forward` with `mixed`: logits (B, K) and (B, n, K), patches (B, n).
+            targets: `token_labels.Targets`, of images (B, K) and of patches (B, N, K).
+        """
+        logits, token_logits, patches = outputs
+        num_patches = targets.patches.shape[1]
+        rows = patches.clamp(max=num_patches - 1).unsqueeze(-1).expand_as(token_logits)
+        token_targets = targets.patches.gather(1, rows)                                # (B, n, K)
+        token_losses = F.cross_entropy(token_logits.flatten(0, 1), token_targets.flatten(0, 1), reduction='none')
+        is_patch = (patches < num_patches).flatten()
+        token_loss = (token_losses * is_patch).sum() / is_patch.sum().clamp(min=1)
+        return F.cross_entropy(logits, targets.images) + self.dense_weight * token_loss

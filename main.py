@@ -25,11 +25,12 @@ from engine import evaluate
 from failures import exit_failed
 from knn import Neighbours
 from logger import make_output_folder
-from losses import DistillationLoss, build_base_criterion
+from losses import DistillationLoss, TokenLabelingLoss, build_base_criterion
 from model_factory import (TOKEN_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
-                           token_settings)
+                           is_lvvit, token_settings)
 from models_evit import WAYS
 from samplers import EvalSampler, TrainSampler
+from token_labels import LabelledTokens, TokenLabeling
 from trainer import Trainer
 from utils import InputError, choose_amp_dtype, choose_kernels, seed_all
 from visualize_mask import visualize
@@ -126,6 +127,11 @@ def get_args_parser():
     add('--distillation-alpha', type=share, default=0.5, help='weight of the distillation loss')
     add('--distillation-tau', type=float, default=1.0, help='temperature of soft distillation')
 
+    add = parser.add_argument_group('token labels (LV-ViT)').add_argument
+    add('--dense-weight', type=non_negative, help='weight of the loss of the patch tokens, 0 for none (default: 0.5)')
+    add('--token-label-path', metavar='FOLDER', help="label maps of the training images, <class>/<image>.pt (default: "
+        "each patch has its image's label)")
+
     add = parser.add_argument_group('finetuning').add_argument
     add('--finetune', metavar='CHECKPOINT', help='start from these weights, which may have another head or resolution')
 
@@ -182,6 +188,8 @@ def parse_args(argv, parser=None):
                                    as_evit=bool(args.keep_rates or args.knn))
     if args.train_interpolation is None:
         args.train_interpolation = input_of(args)[1].interpolation
+    if args.dense_weight is None:
+        args.dense_weight = 0.5 if is_lvvit(args.model) else 0.
     if args.knn and not args.keep_rates:
         args.keep_rates = [args.base_keep_rate if is_evit else 1.]
     for wrong, message in wrong_combinations(args):
@@ -209,6 +217,11 @@ def wrong_combinations(args):
          f'--distillation-type {args.distillation_type} needs a model with a distillation token, not {args.model}'),
         (mixes and args.batch_size % 2 and not evaluates_only(args) and not args.only_test_speed,
          f'mixup and cutmix pair images; --batch-size {args.batch_size} is odd'),
+        (args.dense_weight > 0 and not is_lvvit(args.model),
+         f'--dense-weight: {args.model} does not classify its patches; LV-ViTs do'),
+        (args.token_label_path and not args.dense_weight, '--token-label-path needs an LV-ViT and a --dense-weight'),
+        (args.token_label_path and (args.data_set != 'IMNET' or args.use_lmdb or mixes),
+         '--token-label-path goes with --data-set IMNET, --mixup 0 and --cutmix 0, without --use-lmdb'),
         (args.fuse_token and args.merge_token, '--fuse-token and --merge-token exclude each other'),
         (args.keep_rates and (not args.eval or args.visualize_mask or args.only_test_speed),
          '--keep-rates and --knn go with --eval, without another mode'),
@@ -245,6 +258,8 @@ def build_loaders(args, device):
     if dataset_train is None:
         return None, loader_val, None
     check_same_classes(dataset_train, dataset_val)
+    if args.token_label_path:
+        dataset_train = LabelledTokens(dataset_train, args.token_label_path)
     if args.knn:
         return load(dataset_train, EvalSampler(dataset_train, world_size(), rank()), eval_batch), loader_val, None
     mask_loader, seeded = None, SeededDataset(dataset_train)
@@ -266,17 +281,20 @@ def build_model(args, num_classes, pretrained=False):
                         num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
-def build_criterion(args, num_classes, device):
-    """Mixup, or None, and the loss for it."""
+def build_criterion(args, model, num_classes, device):
+    """Mixup and token labelling, each None if the run has none, and the loss for them."""
     mixup = teacher = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
         mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
                       args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+    if args.dense_weight:
+        token_labeling = TokenLabeling(num_classes, model.patch_embed.grid_size, args.smoothing, mix=mixup is None)
+        return mixup, token_labeling, TokenLabelingLoss(args.dense_weight)
     if args.distillation_type != 'none':
         teacher = load_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size, device)
     base_criterion = build_base_criterion(args.smoothing, soft_labels=mixup is not None)
-    return mixup, DistillationLoss(base_criterion, teacher, args.distillation_type, args.distillation_alpha,
-                                   args.distillation_tau)
+    return mixup, None, DistillationLoss(base_criterion, teacher, args.distillation_type, args.distillation_alpha,
+                                         args.distillation_tau)
 
 
 # --- The modes ------------------------------------------------------------------------------------------------------
@@ -322,8 +340,9 @@ def main(args):
                            device, amp_dtype, args.num_workers, args.pin_mem)
         evaluate_model(model, loader=images, sharded=True)
     else:
-        mixup, criterion = build_criterion(args, num_classes, device)
-        trainer = Trainer(args, model, device, amp_dtype, criterion, mixup, loader_train, evaluate_model, mask_loader)
+        mixup, token_labeling, criterion = build_criterion(args, model, num_classes, device)
+        trainer = Trainer(args, model, device, amp_dtype, criterion, mixup, loader_train, evaluate_model, mask_loader,
+                          token_labeling)
         if checkpoint:
             trainer.resume(checkpoint, source)
         del checkpoint                                 # as large as all of the trainer's state

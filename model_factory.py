@@ -139,7 +139,7 @@ def fill_model_arguments(args, parser, defaults=TOKEN_DEFAULTS, without=(), as_e
     is_evit = args.model in VARIANTS or bool(given)
     filled = dict(defaults) if is_evit or as_evit else {}
     if args.model in VARIANTS:
-        filled |= {'base_keep_rate': VARIANTS[args.model].keep_rate, 'drop_loc': (3, 6, 9)}
+        filled |= {'base_keep_rate': VARIANTS[args.model].keep_rate, 'drop_loc': VARIANTS[args.model].drop_loc}
     for name, default in (filled | {'input_size': input_of(args)[0]}).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -147,8 +147,15 @@ def fill_model_arguments(args, parser, defaults=TOKEN_DEFAULTS, without=(), as_e
 
 
 def input_of(args):
-    """The side of the images in pixels and their `Preprocessing`: those of timm's weights, or DeiT's."""
-    return pretrained_input(args.model) if args.pretrained else (224, Preprocessing())
+    """The side of the images in pixels and their `Preprocessing`: those of timm's weights, LV-ViT's, or DeiT's."""
+    if args.pretrained or is_lvvit(args.model):
+        return pretrained_input(args.model)
+    return 224, Preprocessing()
+
+
+def is_lvvit(name):
+    """Whether a model has an auxiliary classifier of the patch tokens."""
+    return name in VARIANTS and VARIANTS[name].is_lvvit
 
 
 def token_settings(args):

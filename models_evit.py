@@ -20,19 +20,21 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import Mlp
-from timm.models import (build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg, register_model)
-from timm.models._features import feature_take_indices
+from timm.models import (PretrainedCfg, build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg,
+                         register_model)
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from feature_maps import FeatureMaps
+from lvvit import LVViT
 from position_embedding import ResizedPositions, resize_pos_embed          # noqa: F401, for code that imports it here
 from token_reorganization import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock,
                                   EViTEvaBlockPostNorm, EViTRopeAttention, InplaceGELU, num_kept, patches_after,
-                                  patches_per_token, place_tokens, rates_of_counts, rope_rows, uniform_rate,
-                                  weigh_by_size)
+                                  patches_per_token, rates_of_counts, rope_rows, uniform_rate, weigh_by_size)
 from token_reorganization import class_attention, reorganize_tokens        # noqa: F401, for code that imports them here
 
 
@@ -40,7 +42,7 @@ SAVE_SELECTION = partial(create_selective_checkpoint_contexts, [
     torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.argmax.default])
 
 
-class TokenReorganization(ResizedPositions):
+class TokenReorganization(FeatureMaps, ResizedPositions):
     """Mixin that adds token reorganisation to a vision transformer of timm.
 
     Modifications: as `forward` says. Where the head pools by average, a fused token counts as many patches as it stands
@@ -132,46 +134,6 @@ class TokenReorganization(ResizedPositions):
         sizes = patches_per_token(kept, num_patches) if sizes is None else sizes
         return weigh_by_size(x, sizes, num_patches, getattr(self, 'pool_include_prefix', False))
 
-    def forward_intermediates(self, x, indices=None, return_prefix_tokens=False, norm=False, stop_early=False,
-                              output_fmt='NCHW', intermediates_only=False, output_dict=False, attn_mask=None,
-                              is_causal=False):
-        """timm's, with each block at its own rate.
-
-        'NCHW' gives the whole grid: the tokens that remain in their places, and every other patch as it was when it
-        left, after the attention of the block that did not keep it. 'NLC' gives the tokens that remain.
-
-        Raises:
-            ValueError: another output_fmt, or an attention mask, which would not fit the tokens that remain.
-        """
-        if output_fmt not in ('NCHW', 'NLC') or attn_mask is not None or is_causal:
-            raise ValueError("output_fmt must be 'NCHW' or 'NLC', and an EViT takes no attention mask")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        image_size, num_prefix_tokens = x.shape[-2:], self.num_prefix_tokens
-        x, rope = self.embed(x)
-        outputs, grid, patches, sizes, num_patches = [], None, None, None, x.shape[1] - num_prefix_tokens
-        for i in range(last + 1 if stop_early else len(self.blocks)):
-            x, done = self.run_block(i, x, rope, patches, sizes=sizes, get_tokens=output_fmt == 'NCHW')
-            if done is not None:
-                if output_fmt == 'NCHW':
-                    grid = done.tokens if grid is None else place_tokens(done.tokens, patches, grid)       # (B, N, C)
-                patches, sizes = patches_after(patches, done.kept, num_patches), done.sizes
-            if i in take:
-                prefix, tokens = (self.norm(x) if norm else x).tensor_split([num_prefix_tokens], dim=1)
-                if output_fmt == 'NCHW':
-                    if grid is not None:
-                        tokens = place_tokens(tokens, patches, self.norm(grid) if norm else grid)
-                    grid_size = self.patch_embed.dynamic_feat_size(image_size)
-                    tokens = tokens.transpose(1, 2).unflatten(2, grid_size).contiguous()             # (B, C, H, W)
-                outputs.append((tokens, prefix))
-        features = None if intermediates_only else self.norm(x)
-        if output_dict:
-            named = {'image_intermediates': [tokens for tokens, _ in outputs],
-                     'image_intermediates_prefix': [prefix for _, prefix in outputs] if return_prefix_tokens else None,
-                     'image_features': features}
-            return {name: value for name, value in named.items() if value is not None}
-        outputs = outputs if return_prefix_tokens else [tokens for tokens, _ in outputs]
-        return outputs if intermediates_only else (features, outputs)
-
     def block_keep_rates(self, keep_rate=None):
         """The rate of each block for the `keep_rate` of `forward`; ValueError if it is not valid."""
         if keep_rate is None:
@@ -215,10 +177,40 @@ class EViTEva(TokenReorganization, Eva):
         return self.norm_pre(x), rope
 
 
+class EViTLVViT(TokenReorganization, LVViT):
+    """An `LVViT` that reorganises its tokens.
+
+    A fused token takes part in the maximum over the tokens' logits, on which the paper says nothing. In training, its
+    logits have no label.
+    """
+
+    def forward(self, x, keep_rate=None, tokens=None, get_idx=False, mixed=None):
+        """As any EViT's; or with `mixed`, in training, what `TokenLabelingLoss` takes.
+
+        Args:
+            mixed: (N,), true for patches that each image takes from the one in the same place of the reversed batch
+                (MixToken).
+        Returns:
+            with `mixed`: logits of the class token (B, K), of the remaining tokens (B, n, K), and the patch of each
+            (B, n), N for a fused one.
+        """
+        if mixed is None:
+            return super().forward(x, keep_rate, tokens, get_idx)
+        x, _ = self.embed(x)                                                           # (B, P + N, C)
+        num_patches = x.shape[1] - self.num_prefix_tokens
+        x = torch.where(F.pad(mixed, (self.num_prefix_tokens, 0)).unsqueeze(-1), x.flip(0), x)
+        x, kept, _ = self.run_blocks(x, None, keep_rate, tokens)
+        logits, token_logits = self.forward_heads(self.norm(x))
+        patches = torch.arange(num_patches, device=x.device).expand(len(x), -1)        # (B, N)
+        for idx in kept:
+            patches = patches_after(patches, idx, num_patches)
+        return logits, token_logits, patches[:, :token_logits.shape[1]]
+
+
 # --- Any model of timm ----------------------------------------------------------------------------------------------
 
 EVIT_CLASSES = {
-    VisionTransformer: EViT, VisionTransformerDistilled: EViTDistilled, Eva: EViTEva,
+    VisionTransformer: EViT, VisionTransformerDistilled: EViTDistilled, Eva: EViTEva, LVViT: EViTLVViT,
     Block: EViTBlock, EvaBlock: EViTEvaBlock, EvaBlockPostNorm: EViTEvaBlockPostNorm,
     Attention: EViTAttention, EvaAttention: EViTEvaAttention, AttentionRope: EViTRopeAttention,
     nn.GELU: InplaceGELU,
@@ -328,17 +320,30 @@ def obstacle(model):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A registered model: size of the DeiT, whether it has a distillation token, input size in pixels, keep rate."""
+    """A registered model: of SIZES, whether it has a distillation token, input size in pixels, keep rate."""
     size: str
     distilled: bool = False
     img_size: int = 224
     keep_rate: float = 0.7
 
+    @property
+    def is_lvvit(self):
+        """Whether it has an auxiliary classifier of the patch tokens."""
+        return self.size.startswith('lvvit')
+
+    @property
+    def drop_loc(self):
+        depth = SIZES[self.size]['depth']
+        return depth // 4, depth // 2, 3 * depth // 4
+
 
 SIZES = {
-    'tiny': dict(embed_dim=192, num_heads=3),
-    'small': dict(embed_dim=384, num_heads=6),
-    'base': dict(embed_dim=768, num_heads=12),
+    'tiny': dict(embed_dim=192, num_heads=3, depth=12),
+    'small': dict(embed_dim=384, num_heads=6, depth=12),
+    'base': dict(embed_dim=768, num_heads=12, depth=12),
+    'lvvit_t': dict(embed_dim=240, num_heads=4, depth=12, skip_lam=1.),
+    'lvvit_s': dict(embed_dim=384, num_heads=6, depth=16, skip_lam=2.),
+    'lvvit_m': dict(embed_dim=512, num_heads=8, depth=20, skip_lam=2.),
 }
 
 VARIANTS = {
@@ -350,11 +355,16 @@ VARIANTS = {
     'deit_small_patch16_272_shrink': Variant('small', img_size=272, keep_rate=0.7),
     'deit_small_patch16_288_shrink06': Variant('small', img_size=288, keep_rate=0.6),
     'deit_small_patch16_304_shrink05': Variant('small', img_size=304, keep_rate=0.5),
+    **{size: Variant(size, keep_rate=1.) for size in SIZES if size.startswith('lvvit')},
+    **{f'{size}_shrink_base': Variant(size) for size in SIZES if size.startswith('lvvit')},
 }
 
 
 def _pretrained_cfg(variant):
-    """timm's entry for the DeiT of a variant, whose weights `pretrained=True` loads."""
+    """timm's entry for the DeiT of a variant, whose weights `pretrained=True` loads; of an LV-ViT, one without weights."""
+    if variant.is_lvvit:
+        return PretrainedCfg(crop_pct=1. if variant.size == 'lvvit_m' else 0.9, fixed_input_size=True,
+                             first_conv='patch_embed.conv1', classifier=('head', 'aux_head'))
     deit = get_pretrained_cfg(f'deit_{variant.size}{"_distilled" if variant.distilled else ""}_patch16_224')
     return dataclasses.replace(deit, input_size=(3, variant.img_size, variant.img_size))
 
@@ -364,9 +374,9 @@ default_cfgs = generate_default_cfgs({name: _pretrained_cfg(variant) for name, v
 
 def _register(name, variant):
     def create(pretrained=False, **kwargs):
-        kwargs = dict(patch_size=16, depth=12, base_keep_rate=variant.keep_rate, **SIZES[variant.size]) | kwargs
+        kwargs = dict(patch_size=16, base_keep_rate=variant.keep_rate, **SIZES[variant.size]) | kwargs
         return build_model_with_cfg(
-            EViTDistilled if variant.distilled else EViT, name, pretrained,
+            EViTLVViT if variant.is_lvvit else EViTDistilled if variant.distilled else EViT, name, pretrained,
             pretrained_filter_fn=partial(checkpoint_filter_fn, antialias=False),
             feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'), **kwargs)
 

@@ -5,8 +5,8 @@ from timm.layers import resample_abs_pos_embed
 
 
 def antialiases(model):
-    """Whether the model's family resizes a position embedding with antialiasing: timm does, DeiT and EViT do not."""
-    return not ((getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or '').startswith('deit')
+    """Whether the model's family resizes a position embedding with antialiasing: timm does, DeiT and LV-ViT do not."""
+    return not ((getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or '').startswith(('deit', 'lvvit'))
 
 
 def resize_pos_embed(pos_embed, model, new_size=None, old_size=None):

@@ -206,15 +206,6 @@ def weigh_by_size(x, sizes, num_patches, include_prefix=False):
     return torch.cat([prefix, tokens * weights.unsqueeze(-1)], dim=1)
 
 
-def place_tokens(tokens, patches, grid):
-    """Put tokens (B, n, C) in their places on a grid (B, N, C), given the patch of each (B, n or more).
-
-    A fused token, of patch N, has no place.
-    """
-    idx = patches[:, :tokens.shape[1], None].expand_as(tokens)                         # (B, n, C)
-    return F.pad(grid, (0, 0, 0, 1)).scatter(1, idx, tokens)[:, :-1]
-
-
 def size_bias(sizes, num_prefix_tokens, dtype):
     """Proportional attention: log(size), added to the logits of a key, lets it count as many times (Token Merging, §3).
 

@@ -43,14 +43,14 @@ class Trainer:
         device: torch.device.
         amp_dtype: precision of autocast; torch.float32 for none.
         criterion: (images, outputs, labels) → loss.
-        mixup: as in `train_one_epoch`.
+        mixup, token_labeling: as in `train_one_epoch`.
         loader_train: a `DeviceLoader` with a TrainSampler.
         evaluate: `engine.evaluate` with the validation set and its settings.
         mask_loader: a loader of the images that TensorBoard shows with what the model keeps; None for none.
     """
 
     def __init__(self, args, model, device, amp_dtype, criterion=None, mixup=None, loader_train=None, evaluate=None,
-                 mask_loader=None):
+                 mask_loader=None, token_labeling=None):
         self.model, self.device, self.amp_dtype = model, device, amp_dtype
         self.loader, self.evaluate, self.mask_loader = loader_train, evaluate, mask_loader
         self.optimizer = build_optimizer(args, model)
@@ -73,9 +73,9 @@ class Trainer:
             erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
         self.train_one_epoch = partial(
             train_one_epoch, criterion=criterion, optimizer=self.optimizer, device=device, scaler=self.scaler,
-            amp_dtype=amp_dtype, seed=args.seed, erase=erase, mixup=mixup, model_ema=self.model_ema,
-            clip_grad=args.clip_grad, accum_steps=args.accum_steps, skip_nonfinite=args.skip_nonfinite,
-            print_freq=args.print_freq)
+            amp_dtype=amp_dtype, seed=args.seed, erase=erase, mixup=mixup, token_labeling=token_labeling,
+            model_ema=self.model_ema, clip_grad=args.clip_grad, accum_steps=args.accum_steps,
+            skip_nonfinite=args.skip_nonfinite, print_freq=args.print_freq)
         self.keep_rate_at = None
         if args.base_keep_rate is not None and not args.token_counts:      # an EViT whose rate falls
             self.keep_rate_at = partial(keep_rate_at, start_epoch=args.shrink_start_epoch,

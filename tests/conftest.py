@@ -43,12 +43,18 @@ def reference(name):
 
 def reference_weights(model):
     """The weights that produced the reference values. Each tensor is drawn from a generator seeded with its name."""
-    return {key: torch.from_numpy(_reference_weight(key, tuple(value.shape)))
+    return {key: torch.as_tensor(_reference_weight(key, tuple(value.shape)))
             for key, value in model.state_dict().items()}
 
 
 def _reference_weight(key, shape):
     draw = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+    if key.endswith('running_var'):
+        return np.abs(draw) + 0.5
+    if key.endswith('running_mean'):
+        return 0.1 * draw
+    if key.endswith('num_batches_tracked'):
+        return np.zeros(shape, np.int64)
     if key.endswith(('norm1.weight', 'norm2.weight')) or key == 'norm.weight':
         return 1 + 0.1 * draw
     if key.endswith('.bias'):

@@ -28,14 +28,15 @@ def definition(model, images, keep_rate, drop_loc, way, norm=False):
     x = model._pos_embed(model.patch_embed(images))
     x, rope = x if isinstance(x, tuple) else (x, None)
     x = model.norm_pre(x)
-    results = [one_image(model, tokens, rope, keep_rate, drop_loc, way, norm) for tokens in x]
-    logits, maps, kept = zip(*results)
+    features, tokens, maps = zip(*(one_image(model, one, rope, keep_rate, drop_loc, way, norm) for one in x))
+    logits = [head(model, *one) for one in zip(features, tokens)]
+    kept = [{token.patch for token in one} - {None} for one in tokens]
     grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    return (torch.stack(logits), [torch.stack(level).transpose(1, 2).unflatten(2, grid) for level in zip(*maps)],
-            list(kept))
+    return torch.stack(logits), [torch.stack(level).transpose(1, 2).unflatten(2, grid) for level in zip(*maps)], kept
 
 
-def one_image(model, vectors, rope, keep_rate, drop_loc, way, norm):
+def one_image(model, vectors, rope, keep_rate, drop_loc, way, norm=False):
+    """→ the normalised features of all tokens at the end (P + n, C), the n `Token`s, and the maps."""
     num_prefix = model.num_prefix_tokens
     prefix = [Token(vector) for vector in vectors[:num_prefix]]
     tokens = [Token(vector, patch) for patch, vector in enumerate(vectors[num_prefix:])]
@@ -64,7 +65,7 @@ def one_image(model, vectors, rope, keep_rate, drop_loc, way, norm):
                 grid[token.patch] = token.vector
         maps.append(torch.stack([model.norm(vector) for vector in grid] if norm else grid))
     features = model.norm(torch.stack([token.vector for token in prefix + tokens]))
-    return head(model, features, tokens), maps, {token.patch for token in tokens} - {None}
+    return features, tokens, maps
 
 
 def attend(attn, x, tokens, table):
@@ -115,8 +116,10 @@ def rotated(vector, row, halves):
 
 
 def scale(block, number, branch):
-    """LayerScale, whatever its name."""
+    """LayerScale, whatever its name, or the constant of an LV-ViT."""
     layer = getattr(block, f'ls{number}', None)
+    if hasattr(layer, 'factor'):
+        return branch * layer.factor
     gamma = getattr(block, f'gamma_{number}', None) if layer is None else getattr(layer, 'gamma', None)
     return branch if gamma is None else branch * gamma
 

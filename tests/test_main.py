@@ -184,11 +184,21 @@ def test_wrong_input(flags, named, trees, image_folder, tmp_path, monkeypatch, c
     (['--mixup', '0', '--cutmix', '0', '--cutmix-minmax', '0.2', '0.8'], True, 'SoftTargetCrossEntropy'),
     (['--mixup', '0', '--cutmix', '0', '--smoothing', '0'], False, 'CrossEntropyLoss')])
 def test_mixup_and_loss(flags, mixes, loss):
-    mixup, criterion = main.build_criterion(parse_args(flags), 10, torch.device('cpu'))
-    assert (mixup is not None) == mixes and type(criterion.base_criterion).__name__ == loss
+    mixup, token_labeling, criterion = main.build_criterion(parse_args(flags), None, 10, torch.device('cpu'))
+    assert (mixup is not None) == mixes and token_labeling is None and type(criterion.base_criterion).__name__ == loss
     if mixes:
         images, labels = mixup(torch.randn(4, 3, 8, 8), torch.arange(4))
         assert criterion(images, torch.randn(4, 10), labels).isfinite()
+
+
+@pytest.mark.parametrize('mixup', ['0', '0.8'])
+def test_loss_of_an_lv_vit(mixup):
+    """MixToken stands in for mixup and cutmix."""
+    args = parse_args(['--model', 'lvvit_s', '--mixup', mixup, '--cutmix', '0', '--dense-weight', '2'])
+    model = timm.create_model('lvvit_s', embed_dim=12, depth=1)
+    mix, token_labeling, criterion = main.build_criterion(args, model, 10, torch.device('cpu'))
+    assert (mix is None) == token_labeling.mix == (mixup == '0') and criterion.dense_weight == 2
+    assert (token_labeling.grid_size, token_labeling.smoothing) == ((14, 14), 0.1)
 
 
 def test_augmentation_of_training_and_validation():

@@ -38,6 +38,7 @@ KINDS = {
     'rope': ('vit_small_patch16_rope_ape_224', {}),
     'rope mixed': ('vit_small_patch16_rope_mixed_224', {}),
     'map': ('vit_pe_core_tiny_patch16_384', dict(attn_pool_num_heads=2)),
+    'lvvit': ('lvvit_s', {}),
     'grouped queries': ('vit_base_patch16_sapiens2', dict(num_heads=4, num_kv_heads=2)),
 }
 KINDS = {kind: (name, options) for kind, (name, options) in KINDS.items() if timm.is_model(name)}
@@ -49,6 +50,8 @@ def build(kind):
     name, options = KINDS[kind]
     torch.manual_seed(0)
     model = timm.create_model(name, **SMALL | options).eval()
+    if name == 'lvvit_s':
+        from_evit(model)
     for key, parameter in model.named_parameters():
         parameter.data = ('norm' in key and key.endswith('weight')) + torch.randn_like(parameter) * 0.2
     size = options.get('img_size', (32, 32))

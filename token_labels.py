@@ -1,0 +1,135 @@
+"""Labels of the patch tokens of an LV-ViT: label maps as TokenLabeling publishes them, and MixToken.
+
+Method: "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (NeurIPS 2021).
+"""
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.data.mixup import mixup_target, rand_bbox
+from torch.utils.data import Dataset
+from torchvision.ops import roi_align
+from torchvision.transforms import functional as F
+
+from utils import InputError
+
+
+class LabelledTokens(Dataset):
+    """An ImageFolder with the label map of each image: (uint8 (3, S, S), label, map (2, 5, H, W), box (4,)).
+
+    A map has, for each cell of a grid over the whole image, the scores (logits) of the five best classes, then their
+    numbers; it is mirrored if the image is. The box is the part of it that the image shows: left, top, right, bottom,
+    from 0 to 1. The images are those of the ImageFolder, bit for bit. Operations of --aa that shift, turn or shear an
+    image are not followed, as in the original.
+
+    Args:
+        dataset: an ImageFolder with a transform of `build_transform` that begins with a random crop and a flip.
+        folder: it has `<class>/<image>.pt` for each image, a tensor of torch.save.
+    Raises:
+        InputError: a map is missing, or is not of this kind, or not of the size of the first one.
+    """
+
+    def __init__(self, dataset, folder):
+        self.dataset, self.folder = dataset, Path(folder)
+        self.classes, self.shape = dataset.classes, None
+        self.shape = self.read_map(0).shape
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        path, label = self.dataset.samples[index]
+        image, label_map = self.dataset.loader(path), self.read_map(index)
+        crop, flip, *others = self.dataset.transform.transforms
+        width, height = F.get_image_size(image)
+        state = random.getstate()
+        top, left, rows, columns = crop.get_params(image, crop.scale, crop.ratio)
+        random.setstate(state)                         # for the crop to draw the same
+        box = torch.tensor([left / width, top / height, (left + columns) / width, (top + rows) / height])
+        image = crop(image)
+        if torch.rand(1) < flip.p:
+            image, label_map = F.hflip(image), label_map.flip(-1)
+            box[[0, 2]] = 1 - box[[2, 0]]
+        for transform in others:
+            image = transform(image)
+        return image, label, label_map, box
+
+    def read_map(self, index):
+        """The label map (2, 5, H, W) of an image."""
+        path = Path(self.dataset.samples[index][0])
+        file = self.folder / path.relative_to(self.dataset.root).with_suffix('.pt')
+        try:
+            label_map = torch.load(file, map_location='cpu', weights_only=True)
+        except FileNotFoundError:
+            raise InputError(f'--token-label-path: {file} is missing; each training image needs a label map') from None
+        except Exception:                              # bytes that are no tensor raise anything
+            raise InputError(f'--token-label-path: {file} cannot be read as a tensor') from None
+        shape = getattr(label_map, 'shape', ())
+        if len(shape) != 4 or shape[0] != 2 or self.shape not in (None, shape):
+            raise InputError(f'--token-label-path: {file} has the shape {tuple(shape)}, not '
+                             f'{tuple(self.shape or (2, 5, 18, 18))}')
+        if not 0 <= label_map[1].min() <= label_map[1].max() < len(self.classes):
+            raise InputError(f'--token-label-path: {file} names a class outside 0 to {len(self.classes) - 1}')
+        return label_map
+
+
+class Targets(NamedTuple):
+    """Soft labels of a batch: of the images (B, K), and of their patches (B, N, K)."""
+    images: torch.Tensor
+    patches: torch.Tensor
+
+
+class TokenLabeling:
+    """Makes the targets of batches, and mixes their images with MixToken (§3.3).
+
+    MixToken takes a random rectangle of an image's embedded patches from another image, with their labels; the label
+    of the image is mixed by area.
+
+    Args:
+        num_classes: K.
+        grid_size: rows and columns of the patches, N in all.
+        smoothing: of labels that are class numbers; label maps are not smoothed.
+        mix: whether to mix.
+    """
+
+    def __init__(self, num_classes, grid_size, smoothing=0., mix=True):
+        self.num_classes, self.grid_size, self.smoothing, self.mix = num_classes, tuple(grid_size), smoothing, mix
+
+    def __call__(self, labels, label_maps=None, boxes=None):
+        """→ `Targets`, and which patches (N,) are those of the image in the same place of the reversed batch.
+
+        Args:
+            labels: class numbers (B,), or soft labels (B, K), which mixup made.
+            label_maps, boxes: as `LabelledTokens` has them, (B, 2, 5, H, W) and (B, 4); without, each patch has the
+                label of its image.
+        """
+        mixed = torch.zeros(self.grid_size, dtype=torch.bool, device=labels.device)
+        share = 0.
+        if self.mix:
+            top, bottom, left, right = rand_bbox(self.grid_size, np.random.beta(1., 1.))
+            mixed[top:bottom, left:right] = True
+            share = (bottom - top) * (right - left) / mixed.numel()
+        mixed = mixed.flatten()
+        images = labels if labels.ndim == 2 else mixup_target(labels, self.num_classes, 1., self.smoothing)
+        if label_maps is None:
+            patches = images.unsqueeze(1).expand(-1, len(mixed), -1)                   # (B, N, K)
+        else:
+            patches = labels_of_patches(label_maps, boxes, self.num_classes, self.grid_size)
+        patches = torch.where(mixed.unsqueeze(-1), patches.flip(0), patches)
+        return Targets(images.lerp(images.flip(0), share), patches), mixed
+
+
+def labels_of_patches(label_maps, boxes, num_classes, grid_size):
+    """Soft labels (B, N, K) of the patches of the images that show `boxes` of `label_maps`.
+
+    The scores are averaged over each patch (RoIAlign), 0 for a class that is not among the five best, then normalised.
+    """
+    scores, classes = label_maps.unbind(1)                                             # (B, 5, H, W) each
+    B, _, H, W = scores.shape
+    dense = torch.zeros(B, num_classes, H, W, device=scores.device).scatter_(1, classes.long(), scores.float())
+    boxes = boxes * torch.tensor([W, H, W, H], device=boxes.device)
+    numbers = torch.arange(B, device=boxes.device).unsqueeze(1)
+    rois = torch.cat([numbers, boxes], dim=1)                                          # (B, 5)
+    return roi_align(dense, rois, grid_size, aligned=True).softmax(dim=1).flatten(2).transpose(1, 2)
