@@ -330,7 +330,7 @@ def convert_weights(weights, model, source):
     options = {name: options[name] for name in options if name in inspect.signature(convert).parameters}
     try:
         with contextlib.redirect_stdout(io.StringIO()):                    # timm prints parameters that are missing
-            return dict(convert(weights, model, **options))
+            return dict(convert(dict(weights), model, **options))          # which may change its argument
     except Exception as error:
         raise InputError(f'{source} is a checkpoint of another model: {one_line(error)}') from None
 
