@@ -10,7 +10,7 @@ import torch
 
 from checkpoint import (CheckpointWriter, DamagedCheckpoint, load_checkpoint, load_finetune, load_run, load_weights,
                         newest_checkpoint, write_checkpoint)
-from conftest import PLAIN
+from conftest import DEIT_TINY, PLAIN
 from main import build_model, parse_args
 from outputs import assert_same
 from utils import InputError
@@ -188,7 +188,7 @@ def test_finetuning_from_another_architecture(tmp_path):
 def test_finetuning_at_another_resolution_and_head(tmp_path, capsys):
     source = timm.create_model('deit_tiny_patch16_224')
     torch.save({'model': source.state_dict()}, tmp_path / 'deit.pth')
-    model = build_model(parse_args([*PLAIN, '--input-size', '288']), 10)
+    model = build_model(parse_args([*DEIT_TINY, '--input-size', '288']), 10)
     load_finetune(model, str(tmp_path / 'deit.pth'))
     printed = capsys.readouterr().out
     assert 'dropped head.bias [1000]' in printed and 'resized pos_embed from 14×14 patches to 18×18' in printed

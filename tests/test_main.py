@@ -10,7 +10,7 @@ from PIL import Image
 import folder2lmdb
 import main
 import visualize_mask
-from conftest import PLAIN, TINY, open_picture, run_main
+from conftest import DEIT_TINY, PLAIN, TINY, UNCHANGED, open_picture, run_main
 from datasets import Digits, Preprocessing
 from main import parse_args
 from outputs import assert_same, checkpoint, log_lines
@@ -168,7 +168,7 @@ def test_wrong_input(flags, named, trees, image_folder, tmp_path, monkeypatch, c
     monkeypatch.setenv('CXX', 'no_such_compiler')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     flags = [flag.format(root=trees, tree=image_folder) for flag in flags]
-    monkeypatch.setattr(sys, 'argv', ['main.py', *PLAIN, '--output_dir', 'out', *flags])
+    monkeypatch.setattr(sys, 'argv', ['main.py', *DEIT_TINY, *UNCHANGED, '--output_dir', 'out', *flags])
     with pytest.raises(SystemExit) as exit_:
         main.run()
     error = capsys.readouterr().err
@@ -240,7 +240,7 @@ def test_output_of_training(digits_run):
     assert 'Accuracy of the network on the 360 test images: ' in done.stdout
     assert 'Accuracy of the EMA network on the 360 test images: ' in done.stdout
     stats, = log_lines(folder)
-    assert stats['epoch'] == 0 and stats['train_keep_rate'] == 0.7 and stats['n_parameters'] == 5_489_482
+    assert stats['epoch'] == 0 and stats['train_keep_rate'] == 0.7 and stats['n_parameters'] == 1_930_570
     assert {'train_loss', 'train_lr', 'train_images_per_second', 'test_loss', 'test_acc1', 'test_acc5',
             'test_ema_acc1'} <= stats.keys()
     assert stats['test_acc1'] > 20                   # with ten classes
@@ -382,13 +382,13 @@ def test_timm_model(image_folder, tmp_path):
 
 
 def test_model_kwargs():
-    args = parse_args([*TINY, '--input-size', '48', '--model-kwargs', 'patch_size=8', 'embed_dim=96', 'depth=10',
+    args = parse_args([*DEIT_TINY, '--input-size', '48', '--model-kwargs', 'patch_size=8', 'embed_dim=96', 'depth=10',
                        'class_token=True', 'global_pool=token', 'act_layer=relu'])
     model = main.build_model(args, 10)
     assert (model.patch_embed.num_patches, model.embed_dim, len(model.blocks)) == (36, 96, 10)
     assert type(model.blocks[0].mlp.act) is torch.nn.ReLU and model.global_pool == 'token'
-    twice = parse_args([*TINY, '--model-kwargs', 'depth=2', 'embed_dim=96', '--model-kwargs', 'depth=3'])
-    assert twice.model_kwargs == {'depth': 3, 'embed_dim': 96} and parse_args(TINY).model_kwargs == {}
+    twice = parse_args([*DEIT_TINY, '--model-kwargs', 'depth=2', 'embed_dim=96', '--model-kwargs', 'depth=3'])
+    assert twice.model_kwargs == {'depth': 3, 'embed_dim': 96} and parse_args(DEIT_TINY).model_kwargs == {}
 
 
 @pytest.mark.parametrize('name', ['inception_v3', 'vgg11', 'levit_128s', 'tiny_vit_5m_224', 'coat_tiny'])
