@@ -179,6 +179,9 @@ def newest_checkpoint(folder, device):
 
 # --- Read -----------------------------------------------------------------------------------------------------------
 
+WEIGHTS = 'model', 'state_dict', 'model_ema', 'state_dict_ema'             # our names and those of timm's scripts
+
+
 def load_checkpoint(source):
     """Read a checkpoint from a file or an https address to the CPU, without running code that it may contain.
 
@@ -214,16 +217,22 @@ def load_checkpoint(source):
         raise DamagedCheckpoint(
             f'{source} is not a checkpoint: it is no file of torch.save, is cut short or damaged, or holds more '
             'than tensors and plain values, which is not loaded because it could run code') from None
-    if isinstance(checkpoint, dict) and 'model' not in checkpoint:         # of timm's scripts, or a bare state dict
-        average = checkpoint.get('state_dict_ema')
-        checkpoint = {'model': checkpoint.get('state_dict', average or checkpoint), 'model_ema': average}
-    if not (isinstance(checkpoint, dict) and isinstance(checkpoint['model'], dict)
-            and all(isinstance(value, torch.Tensor) for value in checkpoint['model'].values()) and checkpoint['model']):
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    found = {name: checkpoint[name] for name in WEIGHTS if is_state_dict(checkpoint.get(name))}
+    others = {name: value for name, value in checkpoint.items() if name not in WEIGHTS}
+    if not found and is_state_dict(checkpoint):        # a bare one
+        found, others = {'model': checkpoint}, {}
+    if not found:
         raise DamagedCheckpoint(f'{source} is not a checkpoint: it holds no state dict of a model')
-    for part in ('model', 'model_ema'):
-        if isinstance(checkpoint.get(part), dict):
-            checkpoint[part] = clean_state_dict(checkpoint[part])          # of the prefixes of DDP and torch.compile
-    return checkpoint
+    average = found.get('model_ema') or found.get('state_dict_ema')
+    weights = {'model': found.get('model') or found.get('state_dict') or average} | (
+        {'model_ema': average} if average else {})
+    return others | {name: clean_state_dict(state) for name, state in weights.items()}     # no prefix of DDP, compile
+
+
+def is_state_dict(value):
+    return isinstance(value, dict) and bool(value) and all(
+        isinstance(key, str) and isinstance(part, torch.Tensor) for key, part in value.items())
 
 
 def check_records(file, source):
@@ -259,7 +268,7 @@ def load_run(source, settings, evaluates_only):
     if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
         model = [name for name in model if name not in ('base_keep_rate', 'drop_loc', 'keep_schedule')]
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
-                'weight_decay', 'dense_weight')
+                'weight_decay', 'dense_weight', 'token_label_path')
     for name in () if evaluates_only else ('opt', 'sched'):
         if name in trained and trained[name] != settings[name]:
             raise InputError(f'{source} was trained with --{name} {trained[name]} and cannot go on with '

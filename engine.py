@@ -26,8 +26,8 @@ def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_ra
 
 
 def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scaler, amp_dtype, seed, keep_rate=None,
-                    erase=None, mixup=None, token_labeling=None, model_ema=None, clip_grad=None, accum_steps=1, skip_nonfinite=0,
-                    print_freq=50, state=None, after_update=None):
+                    erase=None, mixup=None, token_labeling=None, model_ema=None, clip_grad=None, accum_steps=1,
+                    skip_nonfinite=0, print_freq=50, state=None, after_update=None):
     """Train for one epoch, or the rest of it, in the mode (train or eval) that the model is in.
 
     Args:
@@ -42,7 +42,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         model_ema: timm's ModelEmaV3.
         accum_steps: batches whose mean gradient makes one update; the last update of the epoch may have fewer.
         skip_nonfinite: consecutive updates with a non-finite loss to skip before failing. If it is not 0, each update
-            waits for its loss.
+            waits for its loss. A skipped one leaves no trace in the running statistics of batch norm either.
         state: `Progress.state_dict` of the part of the epoch that is done.
         after_update: called with the Progress after each update but the last.
     Returns:
@@ -68,6 +68,8 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         first = step - step % accum_steps                                  # first batch of this update
         batches = min(accum_steps, len(loader) - first)
         is_last = step + 1 == first + batches
+        if skip_nonfinite and step == first:
+            buffers = [buffer.clone() for buffer in model.buffers()]
         with contextlib.nullcontext() if is_last or not hasattr(model, 'no_sync') else model.no_sync():
             with autocast(device, amp_dtype):
                 loss = criterion(images, model(images, **rate, **mixed), labels)
@@ -78,6 +80,8 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         if is_last:
             if skips:
                 optimizer.zero_grad()
+                for buffer, before in zip(model.buffers(), buffers):
+                    buffer.copy_(before)
                 progress.skip(skip_nonfinite)
             else:
                 update_weights(model, optimizer, scaler, clip_grad, model_ema)

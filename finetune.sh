@@ -13,7 +13,7 @@ fi
 
 if [ -n "${datapath:-}" ]; then
     ckpt=${ckpt:?name the checkpoint to start from: ckpt=/path/to/deit_small.pth}
-    logdir=${logdir:-runs/imagenet_finetune}
+    logdir=${logdir:-runs/imagenet${model:+_$model}_finetune}
     model=${model:-deit_small_patch16_shrink_base}
     recipe=(--model "$model" --base_keep_rate 0.7 --fuse_token
         --data-path "$datapath" --input-size 224 --batch-size 256 --dist-eval
@@ -23,9 +23,9 @@ if [ -n "${datapath:-}" ]; then
         recipe+=(--mixup 0 --cutmix 0)
     fi
 else
-    ckpt=${ckpt:-runs/digits/checkpoint.pth}
+    ckpt=${ckpt:-runs/digits${model:+_$model}/checkpoint.pth}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}       # more threads are no faster for a model this small
-    logdir=${logdir:-runs/digits_finetune}
+    logdir=${logdir:-runs/digits${model:+_$model}_finetune}
     recipe=(--model "${model:-deit_tiny_patch16_shrink_base}" --base_keep_rate 0.5 --fuse_token --drop_loc 2,3,4
         --model-kwargs patch_size=4 embed_dim=64 num_heads=4 depth=6
         --data-set BOARD_DIGITS --input-size 32 --batch-size 32 --num_workers 1 --eval-interval 2

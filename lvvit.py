@@ -67,20 +67,27 @@ class LVViT(VisionTransformer):
 
     Args:
         skip_lam: divisor of the residual branches.
-        others: timm's, except LayerScale (`init_values`) and another patch embedding.
+        others: timm's, except those of `UNSERVED`.
+    Raises:
+        ValueError: an argument is not served.
     """
+    UNSERVED = {'embed_layer', 'init_values', 'global_pool', 'patch_drop_rate'}
 
     def __init__(self, *args, skip_lam=1., mlp_ratio=3., qkv_bias=False, norm_layer=nn.LayerNorm, **kwargs):
+        if unserved := self.UNSERVED & kwargs.keys():
+            raise ValueError(f'{type(self).__name__} takes no {min(unserved)}')
         super().__init__(*args, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm_layer, embed_layer=ConvStem,
-                         init_values=None, **kwargs)
+                         **kwargs)
         self.reset_aux_head()
         init_weights_vit_timm(self.aux_head)
         for block in self.blocks if skip_lam != 1 else ():
             block.ls1, block.ls2 = Scale(1 / skip_lam), Scale(1 / skip_lam)
 
     def reset_classifier(self, num_classes, global_pool=None):
-        """Reset both classifiers; 0 classes leave the features of the class token."""
-        super().reset_classifier(num_classes, global_pool)
+        """Reset both classifiers; 0 classes leave the features of the class token. ValueError for other pooling."""
+        if global_pool not in (None, 'token'):
+            raise ValueError(f'{type(self).__name__} classifies by the class token')
+        super().reset_classifier(num_classes)
         self.reset_aux_head()
 
     def reset_aux_head(self):

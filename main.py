@@ -128,7 +128,8 @@ def get_args_parser():
     add('--distillation-tau', type=float, default=1.0, help='temperature of soft distillation')
 
     add = parser.add_argument_group('token labels (LV-ViT)').add_argument
-    add('--dense-weight', type=non_negative, help='weight of the loss of the patch tokens, 0 for none (default: 0.5)')
+    add('--dense-weight', type=non_negative,
+        help='weight of the loss of the patch tokens, 0 for none (default: 0.5 for an LV-ViT)')
     add('--token-label-path', metavar='FOLDER', help="label maps of the training images, <class>/<image>.pt (default: "
         "each patch has its image's label)")
 
@@ -258,10 +259,10 @@ def build_loaders(args, device):
     if dataset_train is None:
         return None, loader_val, None
     check_same_classes(dataset_train, dataset_val)
-    if args.token_label_path:
-        dataset_train = LabelledTokens(dataset_train, args.token_label_path)
     if args.knn:
         return load(dataset_train, EvalSampler(dataset_train, world_size(), rank()), eval_batch), loader_val, None
+    if args.token_label_path:
+        dataset_train = LabelledTokens(dataset_train, args.token_label_path)
     mask_loader, seeded = None, SeededDataset(dataset_train)
     if args.log_masks and args.output_dir and args.base_keep_rate is not None and rank() == 0:
         mask_loader = build_loader(spread(dataset_val, LOGGED_MASKS), None, args.batch_size, device,

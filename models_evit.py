@@ -329,7 +329,7 @@ class Variant:
     @property
     def is_lvvit(self):
         """Whether it has an auxiliary classifier of the patch tokens."""
-        return self.size.startswith('lvvit')
+        return self.size in LVVITS
 
     @property
     def drop_loc(self):
@@ -337,31 +337,33 @@ class Variant:
         return depth // 4, depth // 2, 3 * depth // 4
 
 
-SIZES = {
+DEITS = {
     'tiny': dict(embed_dim=192, num_heads=3, depth=12),
     'small': dict(embed_dim=384, num_heads=6, depth=12),
     'base': dict(embed_dim=768, num_heads=12, depth=12),
+}
+LVVITS = {
     'lvvit_t': dict(embed_dim=240, num_heads=4, depth=12, skip_lam=1.),
     'lvvit_s': dict(embed_dim=384, num_heads=6, depth=16, skip_lam=2.),
     'lvvit_m': dict(embed_dim=512, num_heads=8, depth=20, skip_lam=2.),
 }
+SIZES = DEITS | LVVITS
 
 VARIANTS = {
-    **{f'deit_{size}_patch16_shrink_base': Variant(size) for size in SIZES},
-    **{f'deit_{size}_distilled_patch16_shrink_base': Variant(size, distilled=True) for size in SIZES},
+    **{f'deit_{size}_patch16_shrink_base': Variant(size) for size in DEITS},
+    **{f'deit_{size}_distilled_patch16_shrink_base': Variant(size, distilled=True) for size in DEITS},
     'deit_small_patch16_224_shrink_base': Variant('small'),
     'deit_small_patch16_224_shrink': Variant('small', keep_rate=0.7),
     'deit_small_patch16_224_shrink05': Variant('small', keep_rate=0.5),
     'deit_small_patch16_272_shrink': Variant('small', img_size=272, keep_rate=0.7),
     'deit_small_patch16_288_shrink06': Variant('small', img_size=288, keep_rate=0.6),
     'deit_small_patch16_304_shrink05': Variant('small', img_size=304, keep_rate=0.5),
-    **{size: Variant(size, keep_rate=1.) for size in SIZES if size.startswith('lvvit')},
-    **{f'{size}_shrink_base': Variant(size) for size in SIZES if size.startswith('lvvit')},
+    **{size: Variant(size, keep_rate=1.) for size in LVVITS}, **{f'{size}_shrink_base': Variant(size) for size in LVVITS},
 }
 
 
 def _pretrained_cfg(variant):
-    """timm's entry for the DeiT of a variant, whose weights `pretrained=True` loads; of an LV-ViT, one without weights."""
+    """timm's entry for the DeiT of a variant, whose weights `pretrained=True` loads; an LV-ViT has none."""
     if variant.is_lvvit:
         return PretrainedCfg(crop_pct=1. if variant.size == 'lvvit_m' else 0.9, fixed_input_size=True,
                              first_conv='patch_embed.conv1', classifier=('head', 'aux_head'))

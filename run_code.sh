@@ -12,7 +12,7 @@ if [ "$gpus" -gt 1 ] && [ -n "${datapath:-}" ]; then
 fi
 
 if [ -n "${datapath:-}" ]; then
-    logdir=${logdir:-runs/imagenet}
+    logdir=${logdir:-runs/imagenet${model:+_$model}}
     model=${model:-deit_small_patch16_shrink_base}
     recipe=(--model "$model" --base_keep_rate 0.7 --fuse_token
         --data-path "$datapath" --input-size 224 --batch-size 256 --dist-eval
@@ -22,7 +22,7 @@ if [ -n "${datapath:-}" ]; then
     fi
 else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}       # more threads are no faster for a model this small
-    logdir=${logdir:-runs/digits}
+    logdir=${logdir:-runs/digits${model:+_$model}}
     recipe=(--model "${model:-deit_tiny_patch16_shrink_base}" --base_keep_rate 0.7 --fuse_token --drop_loc 2,3,4
         --model-kwargs patch_size=4 embed_dim=64 num_heads=4 depth=6
         --data-set BOARD_DIGITS --input-size 32 --batch-size 32 --num_workers 1 --eval-interval 5

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -279,7 +280,7 @@ def parse_candidate(text):
     """An argparse type: 'NAME[@RATE[-WAY]][:SIZE]' → Candidate."""
     base, colon, size = text.partition(':')
     name, at, keep_rate = base.partition('@')
-    keep_rate, dash, way = keep_rate.partition('-')
+    keep_rate, way = re.fullmatch('(.*?)(?:-([a-z]+))?', keep_rate).groups()
     timm_model(name)
     if at and name not in VARIANTS:
         with torch.device('meta'):                     # without weights
@@ -287,9 +288,9 @@ def parse_candidate(text):
         if reason:
             raise argparse.ArgumentTypeError(f'{name} has no keep rate: {reason}')
     try:
-        if dash and way not in WAYS:
+        if way not in (None, *WAYS):
             raise ValueError
-        return Candidate(name, rate(keep_rate) if at else None, positive(int)(size) if colon else None, way or None)
+        return Candidate(name, rate(keep_rate) if at else None, positive(int)(size) if colon else None, way)
     except (argparse.ArgumentTypeError, ValueError):
         raise argparse.ArgumentTypeError(f'{text}: RATE must be in (0, 1], WAY one of {", ".join(WAYS)}, SIZE a number '
                                          'of pixels') from None

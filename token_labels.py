@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from timm.data.mixup import mixup_target, rand_bbox
+import torch.nn.functional as F
 from torch.utils.data import Dataset
-from torchvision.ops import roi_align
-from torchvision.transforms import functional as F
+from torchvision.transforms.functional import get_image_size, hflip
 
-from utils import InputError
+from utils import DataError
 
 
 class LabelledTokens(Dataset):
@@ -28,13 +27,13 @@ class LabelledTokens(Dataset):
         dataset: an ImageFolder with a transform of `build_transform` that begins with a random crop and a flip.
         folder: it has `<class>/<image>.pt` for each image, a tensor of torch.save.
     Raises:
-        InputError: a map is missing, or is not of this kind, or not of the size of the first one.
+        DataError: a map is missing, or is not of this kind, or not of the size of the first one.
     """
 
     def __init__(self, dataset, folder):
         self.dataset, self.folder = dataset, Path(folder)
         self.classes, self.shape = dataset.classes, None
-        self.shape = self.read_map(0).shape
+        self.shape = tuple(self.read_map(0).shape)
 
     def __len__(self):
         return len(self.dataset)
@@ -43,14 +42,14 @@ class LabelledTokens(Dataset):
         path, label = self.dataset.samples[index]
         image, label_map = self.dataset.loader(path), self.read_map(index)
         crop, flip, *others = self.dataset.transform.transforms
-        width, height = F.get_image_size(image)
+        width, height = get_image_size(image)
         state = random.getstate()
         top, left, rows, columns = crop.get_params(image, crop.scale, crop.ratio)
         random.setstate(state)                         # for the crop to draw the same
         box = torch.tensor([left / width, top / height, (left + columns) / width, (top + rows) / height])
         image = crop(image)
         if torch.rand(1) < flip.p:
-            image, label_map = F.hflip(image), label_map.flip(-1)
+            image, label_map = hflip(image), label_map.flip(-1)
             box[[0, 2]] = 1 - box[[2, 0]]
         for transform in others:
             image = transform(image)
@@ -63,15 +62,18 @@ class LabelledTokens(Dataset):
         try:
             label_map = torch.load(file, map_location='cpu', weights_only=True)
         except FileNotFoundError:
-            raise InputError(f'--token-label-path: {file} is missing; each training image needs a label map') from None
+            raise DataError(f'--token-label-path: {file} is missing; each training image needs a label map') from None
         except Exception:                              # bytes that are no tensor raise anything
-            raise InputError(f'--token-label-path: {file} cannot be read as a tensor') from None
-        shape = getattr(label_map, 'shape', ())
-        if len(shape) != 4 or shape[0] != 2 or self.shape not in (None, shape):
-            raise InputError(f'--token-label-path: {file} has the shape {tuple(shape)}, not '
-                             f'{tuple(self.shape or (2, 5, 18, 18))}')
-        if not 0 <= label_map[1].min() <= label_map[1].max() < len(self.classes):
-            raise InputError(f'--token-label-path: {file} names a class outside 0 to {len(self.classes) - 1}')
+            raise DataError(f'--token-label-path: {file} cannot be read as a tensor') from None
+        is_numbers = isinstance(label_map, torch.Tensor) and label_map.is_floating_point() and not label_map.is_sparse
+        shape = tuple(label_map.shape) if is_numbers else 'not of a tensor of numbers'
+        if not is_numbers or len(shape) != 4 or shape[0] != 2 or 0 in shape or self.shape not in (None, shape):
+            raise DataError(f'--token-label-path: {file} has the shape {shape}; {self.shape or (2, 5, 18, 18)} is '
+                            'expected')
+        scores, classes = label_map = label_map.detach()
+        if not (scores.isfinite().all() and (classes >= 0).all() and (classes < len(self.classes)).all()):
+            raise DataError(f'--token-label-path: {file} has a score that is not finite, or names a class outside 0 to '
+                            f'{len(self.classes) - 1}')
         return label_map
 
 
@@ -90,7 +92,7 @@ class TokenLabeling:
     Args:
         num_classes: K.
         grid_size: rows and columns of the patches, N in all.
-        smoothing: of labels that are class numbers; label maps are not smoothed.
+        smoothing: of labels that are class numbers, and of label maps.
         mix: whether to mix.
     """
 
@@ -105,20 +107,33 @@ class TokenLabeling:
             label_maps, boxes: as `LabelledTokens` has them, (B, 2, 5, H, W) and (B, 4); without, each patch has the
                 label of its image.
         """
-        mixed = torch.zeros(self.grid_size, dtype=torch.bool, device=labels.device)
-        share = 0.
+        mixed, share = torch.zeros(self.grid_size, dtype=torch.bool, device=labels.device), 0.
         if self.mix:
-            top, bottom, left, right = rand_bbox(self.grid_size, np.random.beta(1., 1.))
+            (top, bottom), (left, right) = random_rectangle(self.grid_size)
             mixed[top:bottom, left:right] = True
             share = (bottom - top) * (right - left) / mixed.numel()
-        mixed = mixed.flatten()
-        images = labels if labels.ndim == 2 else mixup_target(labels, self.num_classes, 1., self.smoothing)
-        if label_maps is None:
-            patches = images.unsqueeze(1).expand(-1, len(mixed), -1)                   # (B, N, K)
-        else:
-            patches = labels_of_patches(label_maps, boxes, self.num_classes, self.grid_size)
+        mixed = mixed.flatten()                                                        # (N,)
+        images = labels if labels.ndim == 2 else self.smooth(F.one_hot(labels, self.num_classes).float())
+        patches = images.unsqueeze(1).expand(-1, len(mixed), -1)                       # (B, N, K)
+        if label_maps is not None:
+            patches = self.smooth(labels_of_patches(label_maps, boxes, self.num_classes, self.grid_size))
         patches = torch.where(mixed.unsqueeze(-1), patches.flip(0), patches)
         return Targets(images.lerp(images.flip(0), share), patches), mixed
+
+    def smooth(self, labels):
+        return labels * (1 - self.smoothing) + self.smoothing / self.num_classes
+
+
+def random_rectangle(grid_size):
+    """First row and last + 1, then the columns, of a rectangle of random area and centre, cut at the edges of the grid.
+
+    As in CutMix (ICCV 2019), §3.1, for a uniform share of the area.
+    """
+    share = np.random.uniform()
+    for length in grid_size:
+        side = int(length * share ** 0.5)
+        start = np.random.randint(length) - side // 2
+        yield max(start, 0), min(start + side, length)
 
 
 def labels_of_patches(label_maps, boxes, num_classes, grid_size):
@@ -132,4 +147,6 @@ def labels_of_patches(label_maps, boxes, num_classes, grid_size):
     boxes = boxes * torch.tensor([W, H, W, H], device=boxes.device)
     numbers = torch.arange(B, device=boxes.device).unsqueeze(1)
     rois = torch.cat([numbers, boxes], dim=1)                                          # (B, 5)
-    return roi_align(dense, rois, grid_size, aligned=True).softmax(dim=1).flatten(2).transpose(1, 2)
+    # The operator itself, as roi_align of torchvision.ops compiles another for deterministic gradients, if asked to
+    means = torch.ops.torchvision.roi_align(dense, rois, 1., *grid_size, -1, True)
+    return means.softmax(dim=1).flatten(2).transpose(1, 2)

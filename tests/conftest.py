@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 # A DeiT-Ti for the digits; the same with 4 blocks, of which a training step takes milliseconds
 DEIT_TINY = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--input-size', '32', '--batch-size', '64',
-             '--warmup-epochs', '0', '--shrink_start_epoch', '0', '--lr', '2.4e-3', '--num_workers', '0', '--device', 'cpu']
+             '--warmup-epochs', '0', '--shrink_start_epoch', '0', '--lr', '2.4e-3', '--num_workers', '0',
+             '--device', 'cpu']
 TINY = [*DEIT_TINY, '--model-kwargs', 'depth=4', '--drop_loc', '1,2,3']
 UNCHANGED = ['--mixup', '0', '--cutmix', '0', '--aa=', '--color-jitter', '0', '--reprob', '0', '--print-freq', '10']
 PLAIN = [*TINY, *UNCHANGED]

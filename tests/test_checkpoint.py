@@ -153,7 +153,9 @@ def test_files_that_are_no_checkpoint_or_contain_code(tmp_path):
     (tmp_path / 'empty.pth').touch()
     torch.save([1, 2], tmp_path / 'list.pth')
     torch.save({'model': 3}, tmp_path / 'number.pth')
-    for name in ('malicious', 'cut', 'text', 'empty', 'list', 'number', 'absent'):
+    torch.save({'model': {0: torch.zeros(1)}}, tmp_path / 'keys.pth')
+    torch.save({'state_dict': None, 'epoch': 1}, tmp_path / 'nothing.pth')
+    for name in ('malicious', 'cut', 'text', 'empty', 'list', 'number', 'keys', 'nothing', 'absent'):
         with pytest.raises(InputError, match=f'{name}.pth') as error:
             load_checkpoint(str(tmp_path / f'{name}.pth'))
         assert '\n' not in str(error.value)

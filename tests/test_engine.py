@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from conftest import reference
 from engine import evaluate, keep_rate_at, train_one_epoch
+from outputs import assert_same
 
 CPU = torch.device('cpu')
 
@@ -135,6 +136,20 @@ def test_skipped_updates(accum_steps, left_out, capsys):
     train_epoch(expected, kept, accum_steps=accum_steps)
     assert torch.equal(model.scale, expected.scale) and stats['skipped_steps'] == 2 and math.isfinite(stats['loss'])
     assert f'step {2 + accum_steps} is left out' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('accum_steps', [1, 2])
+def test_running_statistics_of_skipped_updates(accum_steps):
+    """Batch norm is as if their batches had not been there."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(2, 3), torch.tensor([0, 1])) for _ in range(6)]
+    models = [torch.nn.Sequential(torch.nn.BatchNorm1d(3)) for _ in range(2)]
+    batches[3][0][0, 1] = float('nan')
+    for model in models:
+        model.train()
+    train_epoch(models[0], batches, skip_nonfinite=1, accum_steps=accum_steps)
+    train_epoch(models[1], batches[:3 // accum_steps * accum_steps] + batches[4:], accum_steps=accum_steps)
+    assert_same(dict(models[0].state_dict()), dict(models[1].state_dict()))
 
 
 def test_limit_of_skipped_updates():

@@ -139,7 +139,8 @@ def test_int8(tmp_path, capsys):
     images, classes = torch.stack([image for image, _ in digits]).numpy(), []
     for dtype in 'float32', 'int8':
         file = tmp_path / f'{dtype}.onnx'
-        run('--resume', tmp_path / 'checkpoint.pth', '--normalize', '--format', 'onnx', '--dtype', dtype, '--output', file)
+        run('--resume', tmp_path / 'checkpoint.pth', '--normalize', '--format', 'onnx', '--dtype', dtype, '--output',
+            file)
         classes.append(onnxruntime.InferenceSession(file).run(None, {'images': images})[0].argmax(1))
     assert (classes[0] == classes[1]).mean() > 0.97
     assert 'MatMulInteger' in {node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node}

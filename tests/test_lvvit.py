@@ -51,8 +51,9 @@ def test_figures_of_the_original(row, dtype, tolerance):
 
 
 def test_keys_and_shapes_of_the_original():
-    shapes = {key: list(value.shape) for key, value in timm.create_model('lvvit_s', img_size=384).state_dict().items()}
-    first = {key: shape for key, shape in shapes.items() if not key.startswith('blocks.') or key.startswith('blocks.0.')}
+    model = timm.create_model('lvvit_s', img_size=384)
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    first = {key: shape for key, shape in shapes.items() if 'blocks' not in key or key.startswith('blocks.0.')}
     assert first == REFERENCE['keys']
     per_block = len([key for key in first if key.startswith('blocks.')])
     assert len(shapes) == len(first) + 15 * per_block
@@ -62,7 +63,7 @@ def test_keys_and_shapes_of_the_original():
     (None, 0.7, 4.68), (None, 0.5, 3.87), ((3, 7, 11), 0.7, 4.47), ((3, 7, 11), 0.5, 3.59), ((5, 9, 13), 0.7, 4.89),
     ((5, 9, 13), 0.5, 4.14)])
 def test_computation(drop_loc, rate, expected):
-    """GMACs as counted without the auxiliary classifier; in the default blocks, those that the paper reports with it."""
+    """GMACs as counted without the auxiliary classifier; in the default blocks, those of the paper with it."""
     model = timm.create_model('lvvit_s_shrink_base', base_keep_rate=rate, fuse_token=True, drop_loc=drop_loc)
     gmacs, tokens = macs(model), 196
     for _ in range(3):
@@ -107,6 +108,14 @@ def test_input_sizes():
     for options in (dict(patch_size=5), dict(dynamic_img_pad=True)):
         with pytest.raises(ValueError, match='even patch size'):
             small_model(**options)
+
+
+@pytest.mark.parametrize('name, value', [('global_pool', 'avg'), ('patch_drop_rate', 0.1), ('init_values', 1e-4)])
+def test_arguments_that_are_not_served(name, value):
+    with pytest.raises(ValueError, match=f'EViTLVViT takes no {name}'):
+        small_model(**{name: value})
+    with pytest.raises(ValueError, match='classifies by the class token'):
+        small_model().reset_classifier(3, 'avg')
 
 
 def test_other_classes():
@@ -223,7 +232,7 @@ def run(folder, *flags):
 
 
 def test_run(tmp_path, capsys):
-    """It trains, with MixToken or mixup, as a function of seed, epoch and step; finetunes, evaluates, visualises, measures, exports."""
+    """Each mode; training, with MixToken or mixup, is a function of seed, epoch and step."""
     run(tmp_path / 'a', '--epochs', 2)
     run(tmp_path / 'b', '--epochs', 1)
     run(tmp_path / 'b', '--epochs', 2, '--resume', 'auto')

@@ -212,8 +212,10 @@ def test_names_rates_and_sizes():
         'deit_small_patch16_224_shrink_base': (0.7, 224), 'deit_small_patch16_224_shrink': (0.7, 224),
         'deit_small_patch16_224_shrink05': (0.5, 224), 'deit_small_patch16_272_shrink': (0.7, 272),
         'deit_small_patch16_288_shrink06': (0.6, 288), 'deit_small_patch16_304_shrink05': (0.5, 304)}
-    for size in ('tiny', 'small', 'base'):
-        assert {f'deit_{size}_patch16_shrink_base', f'deit_{size}_distilled_patch16_shrink_base'} <= set(VARIANTS)
+    sizes = 'tiny', 'small', 'base'
+    others = {name for name in VARIANTS if not name.startswith(('deit_small_patch16_2', 'deit_small_patch16_3'))}
+    assert others == {f'deit_{size}_{kind}patch16_shrink_base' for size in sizes for kind in ('', 'distilled_')} | {
+        f'lvvit_{size}{end}' for size in 'tsm' for end in ('', '_shrink_base')}
     model = timm.create_model('deit_small_patch16_304_shrink05')
     assert model.base_keep_rate == 0.5 and model.patch_embed.img_size == (304, 304)
     assert sum(p.numel() for p in model.parameters()) == 22_050_664 + (19 ** 2 - 14 ** 2) * 384

@@ -337,6 +337,7 @@ def test_candidates_on_the_command_line():
     args = parse_args(['--models', f'{TINY}@0.8:256', 'resnet18:160', '--batch-size', '7'])
     assert args.models == [Candidate(TINY, 0.8, 256), Candidate('resnet18', None, 160)] and args.batch_size == 7
     assert parse_args(['--models', f'{TINY}@0.8-merge:256']).models == [Candidate(TINY, 0.8, 256, 'merge')]
+    assert parse_args(['--models', f'{TINY}@8e-1']).models == [Candidate(TINY, 0.8)]
 
 
 def test_input_sizes_without_patches():

@@ -11,7 +11,7 @@ from datasets import SeededDataset, build_dataset
 from losses import TokenLabelingLoss
 from outputs import log_lines
 from token_labels import LabelledTokens, TokenLabeling, labels_of_patches
-from utils import InputError, seed_all
+from utils import DataError, seed_all
 
 CELLS = 6                                              # of a map, in each direction
 LV = ['--model', 'lvvit_s_shrink_base', '--fuse_token', '--drop_loc', '0,1', '--input-size', '32', '--batch-size', '8',
@@ -52,6 +52,9 @@ def test_labels_follow_the_selection():
     labeling = TokenLabeling(36, (6, 6), mix=False)
     targets, mixed = labeling(torch.tensor([3, 7]), label_maps, torch.tensor([[0., 0, 1, 1], [0, 0, 1, 1]]))
     assert not mixed.any() and targets.images.argmax(1).tolist() == [3, 7]
+    smoothed, _ = TokenLabeling(36, (6, 6), 0.36, mix=False)(torch.tensor([3, 7]), label_maps,
+                                                             torch.tensor([[0., 0, 1, 1], [0, 0, 1, 1]]))
+    torch.testing.assert_close(smoothed.patches, 0.64 * targets.patches + 0.01)
     assert torch.equal(targets.patches.argmax(2), torch.stack([classes, classes.flip(0)]).flatten(1))
     torch.testing.assert_close(targets.patches.sum(2), torch.ones(2, 36))
     patches = torch.stack([torch.randperm(36)[:5] for _ in range(2)])                  # that remain
@@ -79,6 +82,13 @@ def test_crop_and_flip(flip):
     assert best == ([[4, 5], [2, 3], [0, 1]] if flip else [[0, 1], [2, 3], [4, 5]])
     # A class that is not among the best five of a cell has the score 0 there
     assert pair[0, best[0][0]] == pytest.approx(pair[0, best[0][1]].item(), rel=1e-3)
+
+
+def test_map_that_is_no_square():
+    """4 rows and 6 columns, of which the image shows the last three rows and the middle columns."""
+    classes = torch.arange(24).reshape(4, 6)
+    labels = labels_of_patches(label_map(classes)[None], torch.tensor([[1 / 3, 1 / 4, 2 / 3, 1.]]), 36, (3, 2))
+    assert torch.equal(labels[0].argmax(1).reshape(3, 2), classes[1:, 2:4])
 
 
 def test_labels_of_the_image():
@@ -109,7 +119,7 @@ def test_mix_token():
         torch.testing.assert_close(targets.images[0], torch.tensor([1 - share, 0, share]))
         assert targets.patches.argmax(2).tolist() == [[2 - label if there else label for there in mixed]
                                                       for label in (0, 1, 2)]
-    assert min(shares) < 0.1 and max(shares) > 0.6 and len(set(shares)) > 10
+    assert min(shares) < 0.1 and max(shares) > 0.6 and len(set(shares)) > 10 and 0.2 < sum(shares) / 40 < 0.45
 
 
 # --- The data set ---------------------------------------------------------------------------------------------------
@@ -122,8 +132,9 @@ def test_images_and_boxes(image_folder, maps):
     for fast in (False, True):
         labelled = training_set(image_folder, maps, fast_resize=fast, **options)
         assert (len(labelled), labelled.classes) == (24, ['blue', 'green', 'red'])
-        # A picture that tells its columns
-        ramp = np.broadcast_to(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], (40, 60, 3))
+        # A picture that tells its columns in red, its rows in green
+        ramp = np.zeros((40, 60, 3), np.uint8)
+        ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 60), np.linspace(0, 255, 40)[:, None]
         for key in range(12):
             image, label, found, box = SeededDataset(labelled)[5, (key,)]
             expected, expected_label = SeededDataset(build_dataset(
@@ -137,6 +148,8 @@ def test_images_and_boxes(image_folder, maps):
             position = torch.as_tensor(np.asarray(image)).float()[0, 16] / 255         # of each column, 0 to 1
             edges = torch.tensor([box[0], box[2]]) if not flipped else 1 - torch.tensor([box[0], box[2]])
             torch.testing.assert_close(position[[1, -2]], edges, atol=0.06, rtol=0)
+            row = torch.as_tensor(np.asarray(image)).float()[1, :, 16] / 255
+            torch.testing.assert_close(row[[1, -2]], box[[1, 3]], atol=0.06, rtol=0)
             assert 0 <= box.min() and box.max() <= 1 and box[0] < box[2] and box[1] < box[3]
     assert 4 < flips < 20 and len(plain) == 24
 
@@ -153,6 +166,9 @@ def test_training_with_label_maps(image_folder, maps, tmp_path):
                                    '2', '--output_dir', str(tmp_path / name), *flags]))
         return [line['train_loss'] for line in log_lines(tmp_path / name)]
 
+    bank, *_ = main.build_loaders(main.parse_args([*LV, '--data-path', str(image_folder), '--token-label-path', str(maps),
+                                                   '--eval', '--resume', 'x', '--knn', '1']), torch.device('cpu'))
+    assert len(next(iter(bank))) == 2                                                  # which needs no maps
     first = losses('a')
     assert losses('b', '--num_workers', '1') == first
     for file in maps.rglob('*.pt'):
@@ -165,19 +181,23 @@ def test_training_with_label_maps(image_folder, maps, tmp_path):
 @pytest.mark.parametrize('spoil, message', [
     (lambda file: file.unlink(), '0.pt is missing; each training image needs a label map'),
     (lambda file: file.write_bytes(b'no tensor'), '0.pt cannot be read as a tensor'),
-    (lambda file: torch.save(torch.zeros(3, 5, 6, 6), file), r'0.pt has the shape \(3, 5, 6, 6\), not \(2, 5, 18, 18\)'),
-    (lambda file: torch.save({'a': 1}, file), r'0.pt has the shape \(\), not'),
-    (lambda file: torch.save(torch.full((2, 5, 6, 6), 3.), file), '0.pt names a class outside 0 to 2')])
+    (lambda file: torch.save(torch.zeros(3, 5, 6, 6), file), r'has the shape \(3, 5, 6, 6\); \(2, 5, 18, 18\) is exp'),
+    (lambda file: torch.save({'a': 1}, file), 'has the shape not of a tensor of numbers; '),
+    (lambda file: torch.save(torch.zeros(2, 5, 6, 6) > 0, file), 'has the shape not of a tensor of numbers; '),
+    (lambda file: torch.save(torch.zeros(2, 5, 6, 6).to_sparse(), file), 'has the shape not of a tensor of numbers; '),
+    (lambda file: torch.save(torch.zeros(2, 5, 0, 6), file), r'has the shape \(2, 5, 0, 6\); '),
+    (lambda file: torch.save(torch.full((2, 5, 6, 6), torch.nan), file), '0.pt has a score that is not finite, or'),
+    (lambda file: torch.save(torch.full((2, 5, 6, 6), 3.), file), 'names a class outside 0 to 2')])
 def test_wrong_maps(spoil, message, image_folder, maps):
     spoil(maps / 'blue' / '0.pt')
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(DataError, match=message):
         training_set(image_folder, maps)
 
 
 def test_maps_of_several_sizes(image_folder, maps):
     dataset = training_set(image_folder, maps)
     torch.save(torch.zeros(2, 5, 7, 7), maps / 'red' / '7.pt')
-    with pytest.raises(InputError, match=r'red/7.pt has the shape \(2, 5, 7, 7\), not \(2, 5, 6, 6\)'):
+    with pytest.raises(DataError, match=r'red/7.pt has the shape \(2, 5, 7, 7\); \(2, 5, 6, 6\) is expected'):
         dataset[23]
     state = random.getstate()
     assert dataset[22][2].shape == (2, 5, 6, 6) and random.getstate() != state
