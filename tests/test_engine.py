@@ -73,8 +73,11 @@ def test_figures_of_several_processes(sharded, monkeypatch):
     monkeypatch.setattr('engine.all_reduce', of_others(3))
     monkeypatch.setattr('engine.broadcast', of_others(2))
     loader = DataLoader(TensorDataset(torch.eye(4), torch.arange(4)), 2)
-    stats = evaluate(Logits(4), loader, device=CPU, amp_dtype=torch.float32, sharded=sharded)
-    assert stats['images'] == (12 if sharded else 8) and stats['acc1'] == 100
+    models, shared = [Logits(4), Logits(4)], []        # the model, its average
+    monkeypatch.setattr('engine.share_buffers', shared.append)
+    stats = evaluate(models[0], loader, device=CPU, amp_dtype=torch.float32, sharded=sharded, average=models[1])
+    assert stats['images'] == stats['ema_images'] == (12 if sharded else 8) and stats['acc1'] == 100
+    assert shared == (models if sharded else [])       # which have drifted apart since the last step
 
 
 def train_epoch(model, loader, seed=0, **kwargs):

@@ -42,7 +42,7 @@ def run(*flags):
 
 
 @pytest.mark.parametrize('kind, format', [*((kind, 'pt2') for kind in MODELS), *(
-    (kind, 'onnx') for kind in ('fused', 'merged RoPE', 'no EViT')), ('merged RoPE', 'aoti'), ('no EViT', 'aoti')])
+    (kind, 'onnx') for kind in ('fused', 'merged RoPE', 'no EViT')), ('merged RoPE', 'aoti')])
 def test_formats(kind, format, tmp_path, capsys):
     flags = [*MODELS[kind], '--input-size', '32', '--model-kwargs', *SMALL]
     if format == 'aoti':

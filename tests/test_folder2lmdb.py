@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 import folder2lmdb
 import lmdb_dataset
 import main
-from conftest import TINY, run_main
+from conftest import TINY
 from folder2lmdb import ImageFolderLMDB
 from test_lmdb_dataset import PICTURES, database, legacy, make_tree, pixels, tree, write_lmdb  # noqa: F401 (fixtures)
 from utils import InputError, atomic_write
@@ -81,7 +81,8 @@ def test_training_and_evaluation_from_tree_and_database(tmp_path, command, capsy
     flags, printed, logged = [*TINY, '--data-path', data, '--batch-size', '4', '--num-workers', '1'], [], []
     for use_lmdb in ([], ['--use-lmdb']):
         folder = tmp_path / f'run{len(use_lmdb)}'
-        run_main(*flags, *use_lmdb, '--epochs', '1', '--output-dir', folder)
+        main.main(main.parse_args([*map(str, flags), *use_lmdb, '--epochs', '1', '--output-dir', str(folder)]))
+        capsys.readouterr()
         stats = json.loads((folder / 'log.txt').read_text())
         logged.append({name: value for name, value in stats.items() if 'second' not in name})
         main.main(main.parse_args([*map(str, flags), *use_lmdb, '--eval', '--resume', str(folder / 'checkpoint.pth')]))

@@ -376,7 +376,8 @@ def test_distillation(kind, tmp_path, image_folder):
 
 def test_timm_model(image_folder, tmp_path):
     main.main(parse_args([
-        '--model', 'deit_tiny_patch16_224', '--data-path', str(image_folder), '--input-size', '32', '--batch-size', '8',
+        '--model', 'deit_tiny_patch16_224', '--model-kwargs', 'depth=2', '--data-path', str(image_folder),
+        '--input-size', '32', '--batch-size', '8',
         '--epochs', '1', '--num_workers', '0', '--device', 'cpu', '--no-model-ema', '--output_dir', str(tmp_path)]))
     assert 'train_keep_rate' not in log_lines(tmp_path)[0] and checkpoint(tmp_path)['model_ema'] is None
 

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 import main
 import visualize_mask
 from checkpoint import load_finetune
-from conftest import ROOT, run_main
+from conftest import ROOT
 from main import parse_args
 from models_evit import resize_pos_embed, to_evit
 from utils import InputError
@@ -70,18 +70,21 @@ def test_registers_finetuned_evaluated_resumed_and_visualized(tmp_path, capsys):
     weights['pos_embed'] = torch.cat([torch.zeros(1, 1, 64), weights['pos_embed']], dim=1)
     safetensors.torch.save_file(weights, tmp_path / 'dinov2.safetensors')
     folder = tmp_path / 'run'
-    done = run_main(*REGISTERS, '--finetune', tmp_path / 'dinov2.safetensors', '--epochs', '1', '--output_dir', folder)
-    assert 'resized pos_embed from 7×7 patches to 4×4' in done.stdout and 'head.weight is taken' in done.stdout
+    main.main(parse_args([*REGISTERS, '--finetune', str(tmp_path / 'dinov2.safetensors'), '--epochs', '1',
+                          '--output_dir', str(folder)]))
+    finetuned = capsys.readouterr().out
+    assert 'resized pos_embed from 7×7 patches to 4×4' in finetuned and 'head.weight is taken' in finetuned
     main.main(parse_args([*REGISTERS, '--eval', '--resume', str(folder / 'checkpoint.pth')]))
     evaluated = capsys.readouterr().out
-    accuracies = [line for line in done.stdout.splitlines() if line.startswith('Accuracy')]
+    accuracies = [line for line in finetuned.splitlines() if line.startswith('Accuracy')]
     assert len(accuracies) == 2 and all(line in evaluated for line in accuracies)
     assert 'was trained with' not in evaluated
     plain = [flag for flag in REGISTERS if flag not in ('--base_keep_rate', '0.7', '--fuse_token')]
     main.main(parse_args([*plain, '--eval', '--resume', str(folder / 'checkpoint.pth')]))
     assert 'was trained with base_keep_rate 0.7, this run has None' in capsys.readouterr().out
-    resumed = run_main(*REGISTERS, '--epochs', '2', '--resume', 'auto', '--output_dir', folder)
-    assert 'Epoch: [1]' in resumed.stdout and 'Epoch: [0]' not in resumed.stdout
+    main.main(parse_args([*REGISTERS, '--epochs', '2', '--resume', 'auto', '--output_dir', str(folder)]))
+    resumed = capsys.readouterr().out
+    assert 'Epoch: [1]' in resumed and 'Epoch: [0]' not in resumed
     main.main(parse_args([*REGISTERS, '--visualize_mask', '--n_visualization', '2', '--resume',
                           str(folder / 'checkpoint.pth'), '--output_dir', str(tmp_path / 'pictures')]))
     with Image.open(tmp_path / 'pictures' / 'img_0_l2.jpg') as picture:
