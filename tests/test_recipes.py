@@ -7,6 +7,7 @@ import sys
 import torch
 
 from conftest import ROOT, run_recipe
+from outputs import checkpoint
 
 
 def test_recipes_of_the_digits(tmp_path):
@@ -21,12 +22,15 @@ def test_recipes_of_the_digits(tmp_path):
 
 
 def test_recipes_of_the_paper(image_folder, tmp_path):
-    small = ['--epochs', '1', '--batch-size', '8', '--model', 'deit_tiny_patch16_shrink_base', '--input-size', '32',
-             '--num_workers', '0']
-    run_recipe('run_code.sh', *small, datapath=image_folder, logdir=tmp_path / 'a')
-    run_recipe('finetune.sh', *small, datapath=image_folder, logdir=tmp_path / 'b',
+    """With LV-ViT, whose own settings, such as MixToken, override some."""
+    small = ['--epochs', '1', '--batch-size', '8', '--input-size', '32', '--num_workers', '0', '--model-kwargs',
+             'depth=2', '--drop_loc', '0,1']
+    run_recipe('run_code.sh', *small, datapath=image_folder, logdir=tmp_path / 'a', model='lvvit_t')
+    run_recipe('finetune.sh', *small, datapath=image_folder, logdir=tmp_path / 'b', model='lvvit_t',
                ckpt=tmp_path / 'a' / 'checkpoint.pth')
-    assert (tmp_path / 'b' / 'checkpoint.pth').is_file()
+    trained, finetuned = (checkpoint(tmp_path / name)['args'] for name in 'ab')
+    assert trained['model'] == finetuned['model'] == 'lvvit_t' and trained['mixup'] == finetuned['mixup'] == 0
+    assert (trained['lr'], trained['repeated_aug'], trained['base_keep_rate']) == (8e-4, False, 0.7)
 
 
 def test_report_of_gpu_tests_with_failures(tmp_path):
