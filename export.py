@@ -220,7 +220,7 @@ WRITERS = {'onnx': write_onnx, 'onnx int8': write_int8, 'pt2': write_pt2, 'aoti'
 # --- Export ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def write(exportable, images, path, format, names=('logits',), metadata={}, dynamic_shapes=None):
+def write_unchecked(exportable, images, path, format, names=('logits',), metadata={}, dynamic_shapes=None):
     """Write the file for such images; → a function that runs it, and its runtime. Raises InputError."""
     try:
         program = torch.export.export(exportable, (images,), dynamic_shapes=dynamic_shapes)
@@ -245,14 +245,14 @@ class InRuntime(nn.Module):
         super().__init__()
         exportable = Exportable(copy.deepcopy(model).to(dtype), Preprocessing()).eval()
         with tempfile.TemporaryDirectory() as folder:
-            self.run, _ = write(exportable, images, Path(folder) / f'model{SUFFIXES[format]}', format)
+            self.run, _ = write_unchecked(exportable, images, Path(folder) / f'model{SUFFIXES[format]}', format)
 
     def forward(self, images):
         return self.run(images)[0]
 
 
 @torch.no_grad()
-def export(exportable, output, format, size, metadata, batch_size=None, dtype='float32'):
+def write_checked(exportable, output, format, size, metadata, batch_size=None, dtype='float32'):
     """Write the file once it was compared with the model.
 
     Args:
@@ -273,7 +273,7 @@ def export(exportable, output, format, size, metadata, batch_size=None, dtype='f
     names = ['logits', *(f'kept_{i}' for i in range(1, len(exportable(images))))]
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix='.export') as folder:
         path = Path(folder) / output.name
-        run, runtime = write(exportable, images, path, format, names, metadata, shapes)
+        run, runtime = write_unchecked(exportable, images, path, format, names, metadata, shapes)
         compared = compare(exportable, run, size, [batch_size] if batch_size else [1, 3], dtype)
         os.replace(path, output)
     return f'{output}: {output.stat().st_size / 1e6:.1f} MB; {runtime} against torch {torch.__version__}: {compared}'
@@ -317,8 +317,8 @@ def main(argv):
     quantized = args.dtype == 'int8'                   # by onnxruntime
     model = build(args, checkpoint).to(device, torch.float32 if quantized else getattr(torch, args.dtype))
     exportable = Exportable(model, preprocessing, args.normalize, args.kept).to(device).eval()
-    print(export(exportable, args.output, args.format + ' int8' * quantized, args.input_size,
-                 metadata_of(args, preprocessing, checkpoint), args.batch_size, args.dtype))
+    print(write_checked(exportable, args.output, args.format + ' int8' * quantized, args.input_size,
+                        metadata_of(args, preprocessing, checkpoint), args.batch_size, args.dtype))
 
 
 if __name__ == '__main__':
