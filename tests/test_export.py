@@ -134,6 +134,7 @@ def test_int8(tmp_path, capsys):
     digits = build_dataset(False, input_size=32)
     flags = [*MODELS['fused'], '--input-size', '32', '--model-kwargs', 'patch_size=8', 'depth=3', 'embed_dim=48']
     flags += ['--epochs', '4', '--warmup-epochs', '0', '--lr', '1e-2', '--mixup', '0', '--cutmix', '0', '--reprob', '0']
+    flags += ['--aa=', '--color-jitter', '0']
     main.main(main.parse_args([*flags, '--shrink_start_epoch', '0', '--num_workers', '0', '--device', 'cpu',
                                '--output_dir', str(tmp_path)]))
     images, classes = torch.stack([image for image, _ in digits]).numpy(), []

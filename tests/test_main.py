@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 import sys
@@ -253,8 +254,8 @@ def test_output_of_training(digits_run):
 
 def test_evaluation_of_a_checkpoint(digits_run, capsys):
     done, folder = digits_run
-    evaluated = run_main(*PLAIN, '--eval', '--resume', folder / 'checkpoint.pth')
-    assert accuracy_lines(evaluated.stdout) == accuracy_lines(done.stdout)
+    main.main(parse_args([*PLAIN, '--eval', '--resume', str(folder / 'checkpoint.pth')]))
+    assert accuracy_lines(capsys.readouterr().out) == accuracy_lines(done.stdout)
     main.main(parse_args([*PLAIN, '--eval', '--resume', str(folder / 'checkpoint.pth'), '--base_keep_rate', '0.3']))
     other_rate = capsys.readouterr().out
     assert accuracy_lines(other_rate) != accuracy_lines(done.stdout)
@@ -405,7 +406,12 @@ def test_wrong_model_kwargs_without_stochastic_depth():
         main.build_model(parse_args(['--model', 'vgg11', '--model-kwargs', 'no_such_argument=3']), 7)
 
 
-def test_speed_and_masks(digits_run, tmp_path, capsys):
+@pytest.fixture
+def short_windows(monkeypatch):
+    monkeypatch.setattr(main, 'report_speed', functools.partial(main.report_speed, windows=2, window_seconds=0.01))
+
+
+def test_speed_and_masks(digits_run, tmp_path, capsys, short_windows):
     _, folder = digits_run
     flags = [*PLAIN, '--output_dir', str(tmp_path), '--resume', str(folder / 'checkpoint.pth')]
     main.main(parse_args([*flags, '--only_test_speed', '--batch-size', '1', '--mixup', '0.8']))
@@ -471,7 +477,7 @@ def test_training_on_a_gpu_in_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
-def test_compiled_and_channels_last_run(image_folder, tmp_path, compiled_graphs):
+def test_compiled_and_channels_last_run(image_folder, tmp_path, compiled_graphs, short_windows):
     """The run anneals the keep rate, averages the weights, evaluates both models and is resumed."""
     flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '6', '--shrink_epochs', '2', '--drop-path', '0',
              '--model-ema-decay', '0.5', '--model-kwargs', 'depth=3', 'embed_dim=48', '--drop_loc', '1,2']

@@ -11,10 +11,11 @@ from outputs import checkpoint
 
 
 def test_recipes_of_the_digits(tmp_path):
-    printed = run_recipe('run_code.sh', '--epochs', '1', '--warmup-epochs', '0', '--shrink_start_epoch', '0',
+    small = ['--epochs', '1', '--input-size', '16']
+    printed = run_recipe('run_code.sh', *small, '--warmup-epochs', '0', '--shrink_start_epoch', '0',
                          logdir=tmp_path / 'a')
-    assert '308,042 parameters' in printed and 'on the 360 test images' in printed
-    printed = run_recipe('finetune.sh', '--epochs', '1', '--lr', '0', '--min-lr', '0', logdir=tmp_path / 'b',
+    assert '304,970 parameters' in printed and 'on the 360 test images' in printed
+    printed = run_recipe('finetune.sh', *small, '--lr', '0', '--min-lr', '0', logdir=tmp_path / 'b',
                          ckpt=tmp_path / 'a' / 'checkpoint.pth')
     first, second = (json.loads((tmp_path / name / 'log.txt').read_text().splitlines()[-1]) for name in 'ab')
     assert second['train_keep_rate'] == 0.5 and first['test_loss'] < 2.4
