@@ -359,6 +359,7 @@ def test_broken_image(workers, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['main.py', *flags])
     with pytest.raises(SystemExit) as exit_:
         main.run()
+    main.kill_workers()                                # as at exit, or torch waits 20 s for them some tests later
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and error.count('\n') == 1, error
     assert error.startswith('main.py: error: ') and 'red/3.png does not decode' in error
