@@ -57,14 +57,8 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
     for step, (images, labels, *token_labels) in enumerate(loader, start=progress.step):
         # For erasing, mixup, dropout and drop path. The 1 keeps these keys apart from those of samples (TrainSampler)
         seed_all(seed, epoch, step, 1 + rank())
-        if erase is not None:
-            images = erase(images)
-        if mixup is not None:
-            images, labels = mixup(images, labels)
+        images, labels, mixed = augment(images, labels, token_labels, erase, mixup, token_labeling)
         rate = {} if keep_rate is None else {'keep_rate': keep_rate(step)}
-        mixed = {}
-        if token_labeling is not None:
-            labels, mixed['mixed'] = token_labeling(labels, *token_labels)
         first = step - step % accum_steps                                  # first batch of this update
         batches = min(accum_steps, len(loader) - first)
         is_last = step + 1 == first + batches
@@ -91,6 +85,21 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
                 after_update(progress)
     check_weights(model, progress.title)
     return progress
+
+
+def augment(images, labels, token_labels, erase=None, mixup=None, token_labeling=None):
+    """What happens to a batch on the device; → images, labels for the criterion, further arguments of the model.
+
+    The arguments are those of `train_one_epoch`; `token_labels` follow images and labels in the loader's batches.
+    """
+    if erase is not None:
+        images = erase(images)
+    if mixup is not None:
+        images, labels = mixup(images, labels)
+    if token_labeling is None:
+        return images, labels, {}
+    targets, mixed = token_labeling(labels, *token_labels)
+    return images, targets, {'mixed': mixed}
 
 
 def update_weights(model, optimizer, scaler, clip_grad, model_ema):

@@ -97,7 +97,7 @@ class LVViT(VisionTransformer):
             self.aux_head = nn.Linear(self.embed_dim, self.num_classes, device=like.device, dtype=like.dtype)
 
     def forward_head(self, x, pre_logits=False):
-        """Tokens (B, 1 + n, C) → logits (B, K): those of the class token + 0.5 · max over the others' (§3.2)."""
+        """Tokens (B, 1 + n, C) → logits (B, K): those of the class token + 0.5 · max over the others'."""
         if pre_logits or not self.num_classes:
             return super().forward_head(x, pre_logits)
         logits, token_logits = self.forward_heads(x)

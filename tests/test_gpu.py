@@ -18,6 +18,7 @@ import main
 from conftest import PLAIN, ROOT, run_recipe
 from main import parse_args
 from outputs import assert_same, checkpoint, log_lines
+from token_labels import labels_of_patches
 
 DEVICE = os.environ.get('EVIT_GPU_TESTS_DEVICE', 'cuda')
 # 16 patches, two blocks that drop some of them
@@ -97,6 +98,21 @@ def test_evaluation_as_a_cuda_graph(eager, compiler, tmp_path, monkeypatch, caps
         assert (acc1, acc5) == pytest.approx(expected[:2], abs=0.6)        # two images
         assert loss == pytest.approx(expected[2], abs=0.002)
     assert bool(replays) == (DEVICE == 'cuda')
+
+
+def test_lv_vit(compiler, tmp_path):
+    """Training with labels of patches and MixToken, compiled and eager; the labels of maps as on a CPU."""
+    losses = []
+    for name in 'eager', 'compiled':
+        flags = ['--compile'] if name == 'compiled' else []
+        falling_rate(tmp_path / name, '--model', 'lvvit_s_shrink_base', *flags)
+        losses.append([line['train_loss'] for line in log_lines(tmp_path / name)])
+    assert losses[1] == pytest.approx(losses[0], abs=0.01) and losses[0][1] < losses[0][0]
+    classes = torch.stack([torch.randperm(9)[:5] for _ in range(2 * 6 * 6)]).reshape(2, 6, 6, 5).permute(0, 3, 1, 2)
+    maps = torch.stack([torch.randn(2, 5, 6, 6), classes], dim=1).half()
+    boxes = torch.tensor([[0., 0.1, 0.8, 1.], [0.3, 0.3, 0.7, 0.9]])
+    found = labels_of_patches(maps.to(DEVICE), boxes.to(DEVICE), 9, (4, 4)).cpu()
+    torch.testing.assert_close(found, labels_of_patches(maps, boxes, 9, (4, 4)))
 
 
 # --- Precision and the moving average -------------------------------------------------------------------------------
