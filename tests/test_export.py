@@ -128,19 +128,14 @@ def test_lines_of_the_documentation(digits_run, tmp_path, capsys):
     assert done.stdout.splitlines() == 2 * ['torch.Size([5, 10]) deit_tiny_patch16_shrink_base']
 
 
-def test_int8(tmp_path, capsys):
+def test_int8(digits_run, tmp_path):
     """Linear layers are quantised, the classes of the digits stay."""
     import onnxruntime
     digits = build_dataset(False, input_size=32)
-    flags = [*MODELS['fused'], '--input-size', '32', '--model-kwargs', 'patch_size=8', 'depth=3', 'embed_dim=48']
-    flags += ['--epochs', '4', '--warmup-epochs', '0', '--lr', '1e-2', '--mixup', '0', '--cutmix', '0', '--reprob', '0']
-    flags += ['--aa=', '--color-jitter', '0']
-    main.main(main.parse_args([*flags, '--shrink_start_epoch', '0', '--num_workers', '0', '--device', 'cpu',
-                               '--output_dir', str(tmp_path)]))
     images, classes = torch.stack([image for image, _ in digits]).numpy(), []
     for dtype in 'float32', 'int8':
         file = tmp_path / f'{dtype}.onnx'
-        run('--resume', tmp_path / 'checkpoint.pth', '--normalize', '--format', 'onnx', '--dtype', dtype, '--output',
+        run('--resume', digits_run[1] / 'checkpoint.pth', '--normalize', '--format', 'onnx', '--dtype', dtype, '--output',
             file)
         classes.append(onnxruntime.InferenceSession(file).run(None, {'images': images})[0].argmax(1))
     assert (classes[0] == classes[1]).mean() > 0.97
