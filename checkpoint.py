@@ -225,9 +225,9 @@ def load_checkpoint(source):
     if not found:
         raise DamagedCheckpoint(f'{source} is not a checkpoint: it holds no state dict of a model')
     average = found.get('model_ema') or found.get('state_dict_ema')
-    weights = {'model': found.get('model') or found.get('state_dict') or average} | (
-        {'model_ema': average} if average else {})
-    return others | {name: clean_state_dict(state) for name, state in weights.items()}     # no prefix of DDP, compile
+    weights = {'model': found.get('model') or found.get('state_dict') or average, 'model_ema': average}
+    # Without the prefixes of DDP and torch.compile
+    return others | {name: clean_state_dict(state) for name, state in weights.items() if state}
 
 
 def is_state_dict(value):

@@ -258,7 +258,7 @@ def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=Fal
 # --- Batches on the device ------------------------------------------------------------------------------------------
 
 class DeviceLoader:
-    """The batches of a DataLoader on the device: normalised float32 images (B, 3, H, W), labels (B,), what follows.
+    """The batches of a DataLoader on the device: normalised float32 images (B, 3, H, W), labels (B,), and any more.
 
     Images are copied as bytes, a quarter of the size, and on a GPU in parallel with its work. (timm's PrefetchLoader
     does so too, but until recently it could overwrite a batch in use, and it fails on an empty data set.)

@@ -55,7 +55,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
     progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True, state=state)
     skips = False                                                          # whether this update is skipped
     for step, (images, labels, *token_labels) in enumerate(loader, start=progress.step):
-        # For erasing, mixup, dropout and drop path. The 1 keeps these keys apart from those of samples (TrainSampler)
+        # For erasing, mixup, MixToken, dropout, drop path. The 1 keeps these keys apart from those of TrainSampler
         seed_all(seed, epoch, step, 1 + rank())
         images, labels, mixed = augment(images, labels, token_labels, erase, mixup, token_labeling)
         rate = {} if keep_rate is None else {'keep_rate': keep_rate(step)}

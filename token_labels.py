@@ -144,9 +144,9 @@ def labels_of_patches(label_maps, boxes, num_classes, grid_size):
     scores, classes = label_maps.unbind(1)                                             # (B, 5, H, W) each
     B, _, H, W = scores.shape
     dense = torch.zeros(B, num_classes, H, W, device=scores.device).scatter_(1, classes.long(), scores.float())
-    boxes = boxes * torch.tensor([W, H, W, H], device=boxes.device)
-    numbers = torch.arange(B, device=boxes.device).unsqueeze(1)
-    rois = torch.cat([numbers, boxes], dim=1)                                          # (B, 5)
+    left, top, right, bottom = boxes.unbind(1)
+    numbers = torch.arange(B, device=boxes.device)
+    rois = torch.stack([numbers, left * W, top * H, right * W, bottom * H], dim=1)     # (B, 5)
     # The operator itself, as roi_align of torchvision.ops compiles another for deterministic gradients, if asked to
     means = torch.ops.torchvision.roi_align(dense, rois, 1., *grid_size, -1, True)
     return means.softmax(dim=1).flatten(2).transpose(1, 2)
