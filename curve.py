@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from benchmark import Protocol, Throughput, macs, measured_pass, stopwatch, time_in_turn
-from distributed import all_reduce, broadcast_object, log, rank, world_size
+from measuring.benchmark import Protocol, Throughput, macs, measured_pass, stopwatch, time_in_turn
+from runtime.distributed import all_reduce, broadcast_object, log, rank, world_size
 from engine import count
-from logger import Progress
+from runtime.logger import Progress
 from models_evit import WAYS, to_evit
-from utils import InputError, atomic_write, autocast
+from runtime.utils import InputError, atomic_write, autocast
 
 FULL = 'full'                                          # the way of the row at rate 1
 BATCHES_PER_SAVE = 20

@@ -3,22 +3,21 @@ import json
 import random
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_data_config
+from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.transforms.v2 import functional as F
 
-from decoding import decode_picture, decode_pixels, load_image
-from lmdb_dataset import ImageFolderLMDB
-from utils import InputError, seed_all
+from formats.decoding import decode_picture, decode_pixels, load_image
+from formats.lmdb_dataset import ImageFolderLMDB
+from runtime.preprocessing import Preprocessing
+from runtime.utils import InputError, seed_all
 
 DIGITS = 'DIGITS', 'BOARD_DIGITS'
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
@@ -179,28 +178,6 @@ def spread(dataset, number):
 
 
 # --- Transforms -----------------------------------------------------------------------------------------------------
-
-class Preprocessing(NamedTuple):
-    """How pictures become the input of a model, by default that of DeiT and EViT.
-
-    Attributes:
-        mean, std: of the three channels, in [0, 1], for normalisation.
-        interpolation: of the resize before evaluation.
-        crop_pct: side of the central crop for evaluation relative to that of the resized picture.
-        crop_mode: 'center', 'squash' or 'border', as in timm's `create_transform`.
-    """
-    mean: tuple = IMAGENET_DEFAULT_MEAN
-    std: tuple = IMAGENET_DEFAULT_STD
-    interpolation: str = 'bicubic'
-    crop_pct: float = 224 / 256
-    crop_mode: str = 'center'
-
-
-def pretrained_input(model_name):
-    """The side in pixels and the `Preprocessing` of the images that timm's weights of a model were trained with."""
-    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model_name).to_dict())
-    return config.pop('input_size')[-1], Preprocessing(**config)
-
 
 class FastRandomResizedCrop(RandomResizedCropAndInterpolation):
     """timm's random resized crop, with the same random draws, of a picture or its pixels, uint8 (3, H, W) → picture.

@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from compiled_model import CompiledModel
-from distributed import all_reduce, broadcast, log, rank, share_buffers
-from logger import Progress
-from utils import autocast, eval_mode, seed_all
+from evit.eval_mode import eval_mode
+from runtime.compiled_model import CompiledModel
+from runtime.distributed import all_reduce, broadcast, log, rank, share_buffers
+from runtime.logger import Progress
+from runtime.utils import autocast, seed_all
 
 
 def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_rate):

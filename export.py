@@ -17,16 +17,17 @@ import timm
 import torch
 import torch.nn as nn
 
-from arguments import ArgumentParser, HelpFormatter, block_numbers, positive, with_dashes
-from checkpoint import load_checkpoint, load_weights
-from compiled_model import check_compiler
-from datasets import DIGITS, Preprocessing
-from distributed import cuda_device, parse_device
-from failures import exit_failed
-from model_factory import (SCHEDULE_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
+from runtime.arguments import ArgumentParser, HelpFormatter, block_numbers, positive, with_dashes
+from runtime.checkpoint import load_checkpoint, load_weights
+from runtime.compiled_model import check_compiler
+from datasets import DIGITS
+from runtime.distributed import cuda_device, parse_device
+from runtime.failures import exit_failed
+from runtime.model_factory import (SCHEDULE_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
                            token_settings)
-from token_reorganization import patches_after
-from utils import InputError, one_line
+from evit.reorganization import patches_after
+from runtime.preprocessing import Preprocessing
+from runtime.utils import InputError, one_line
 
 SUFFIXES = {'onnx': '.onnx', 'pt2': '.pt2', 'aoti': '.pt2'}
 TOLERANCE = {'float32': 1e-4, 'float16': 1e-2, 'bfloat16': 1e-1, 'int8': 2e-1}         # of the logits, by the weights

@@ -12,27 +12,27 @@ from functools import partial
 import torch
 from timm.data import Mixup
 
-from arguments import (ArgumentParser, HelpFormatter, count, non_negative, positive, rate, share, timm_model,
+from runtime.arguments import (ArgumentParser, HelpFormatter, count, non_negative, positive, rate, share, timm_model,
                        with_dashes, within)
-from benchmark import report_speed
-from checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights
+from measuring.benchmark import report_speed
+from runtime.checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights
 from curve import draw_curve, way_of
 from datasets import (DIGITS, INAT_CATEGORIES, SeededDataset, build_dataset, build_loader, check_same_classes,
                       spread)
-from distributed import (Stopped, cores_per_process, ignore_stop_signals, init_process_group, kill_workers,
+from runtime.distributed import (Stopped, cores_per_process, ignore_stop_signals, init_process_group, kill_workers,
                          leave_process_group, log, rank, world_size)
 from engine import evaluate
-from failures import exit_failed
-from knn import Neighbours
-from logger import make_output_folder
+from runtime.failures import exit_failed
+from measuring.knn import Neighbours
+from runtime.logger import make_output_folder
 from losses import DistillationLoss, TokenLabelingLoss, build_base_criterion
-from model_factory import (TOKEN_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
+from runtime.model_factory import (TOKEN_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
                            is_lvvit, token_settings)
 from models_evit import WAYS
 from samplers import EvalSampler, TrainSampler
-from token_labels import LabelledTokens, TokenLabeling
+from formats.token_labels import LabelledTokens, TokenLabeling
 from trainer import Trainer
-from utils import InputError, choose_amp_dtype, choose_kernels, seed_all
+from runtime.utils import InputError, choose_amp_dtype, choose_kernels, seed_all
 from visualize_mask import visualize
 
 SHRINK_DEFAULTS = {'shrink_start_epoch': 10, 'shrink_epochs': 0}

@@ -29,13 +29,14 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from feature_maps import FeatureMaps
-from lvvit import LVViT
-from position_embedding import ResizedPositions, resize_pos_embed          # noqa: F401, for code that imports it here
-from token_reorganization import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock,
-                                  EViTEvaBlockPostNorm, EViTRopeAttention, InplaceGELU, num_kept, patches_after,
-                                  patches_per_token, rates_of_counts, rope_rows, uniform_rate, weigh_by_size)
-from token_reorganization import class_attention, reorganize_tokens        # noqa: F401, for code that imports them here
+from evit.blocks import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock, EViTEvaBlockPostNorm,
+                         EViTRopeAttention, InplaceGELU)
+from evit.feature_maps import FeatureMaps
+from evit.lvvit import LVViT
+from evit.position_embedding import ResizedPositions, resize_pos_embed     # noqa: F401, for code that imports it here
+from evit.reorganization import class_attention, reorganize_tokens         # noqa: F401, for code that imports them here
+from evit.reorganization import (num_kept, patches_after, patches_per_token, rates_of_counts, rope_rows, uniform_rate,
+                                 weigh_by_size)
 
 
 SAVE_SELECTION = partial(create_selective_checkpoint_contexts, [

@@ -13,8 +13,8 @@ except ImportError:                                    # run() reports it
     submitit = None
 
 import main
-from arguments import count, positive
-from utils import one_line
+from runtime.arguments import count, positive
+from runtime.utils import one_line
 
 CODE = Path(__file__).resolve().parent
 # Exit status 143: stopped by a signal, with its state saved; 140: stopped by SIGUSR2 before training began

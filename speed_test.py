@@ -20,16 +20,16 @@ import timm
 import torch
 from timm.layers import to_2tuple
 
-from arguments import ArgumentParser, positive, rate, timm_model
-from benchmark import throughput                       # noqa: F401, for code that imports it from here
-from benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, matrix_product, measured_pass,
+from runtime.arguments import ArgumentParser, positive, rate, timm_model
+from measuring.benchmark import throughput                       # noqa: F401, for code that imports it from here
+from measuring.benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, matrix_product, measured_pass,
                        peak_memory, stopwatch, time_in_turn)
 from export import InRuntime
-from model_factory import create_model
+from runtime.model_factory import create_model
 from models_evit import VARIANTS, WAYS, obstacle
-from plain_evit import PlainEViT
-from throughput_plot import plot
-from utils import InputError, choose_kernels, one_line
+from evit.plain import PlainEViT
+from measuring.throughput_plot import plot
+from runtime.utils import InputError, choose_kernels, one_line
 
 RUNTIMES = {'torch': None, 'compile': None, 'onnxruntime': 'onnx', 'aoti': 'aoti'}         # and formats of export.py
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError
@@ -98,7 +98,7 @@ def read_accuracies():
     For the source timm, one program measured all models (results/results-imagenet.csv, August 2026). The figures of
     EViT are its authors'.
     """
-    with open(Path(__file__).with_name('imagenet_top1.csv'), newline='') as file:
+    with open(Path(__file__).parent / 'measuring' / 'imagenet_top1.csv', newline='') as file:
         return {(row['model'], int(row['img_size'])): (float(row['top1']), row['source'])
                 for row in csv.DictReader(file)}
 

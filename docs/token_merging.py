@@ -14,14 +14,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as program
-from benchmark import macs, paired_throughput
-from checkpoint import load_checkpoint, load_weights
+from measuring.benchmark import macs, paired_throughput
+from runtime.checkpoint import load_checkpoint, load_weights
 from curve import with_way
 from engine import evaluate
-from failures import exit_failed
+from runtime.failures import exit_failed
 from models_evit import EViT, to_evit
-from token_reorganization import size_bias
-from utils import InputError, choose_amp_dtype
+from evit.reorganization import size_bias
+from runtime.utils import InputError, choose_amp_dtype
 
 
 class TokenMerging(nn.Module):

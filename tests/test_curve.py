@@ -9,17 +9,17 @@ import timm
 import torch
 from PIL import Image
 
-import knn
+from measuring import knn
 import main
 from conftest import PLAIN, run_main
 from curve import Evaluation, plan_rows, with_way
 from datasets import build_dataset, build_loader
 from engine import evaluate
-from knn import Neighbours, nearest_votes
+from measuring.knn import Neighbours, nearest_votes
 from main import parse_args
 from models_evit import to_evit
 from samplers import EvalSampler
-from utils import InputError
+from runtime.utils import InputError
 
 CPU = torch.device('cpu')
 WAYS = 'drop', 'fuse', 'merge'

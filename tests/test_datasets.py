@@ -17,10 +17,10 @@ from torchvision.datasets import ImageFolder
 import folder2lmdb
 from datasets import (DeviceLoader, Digits, INaturalist, SeededDataset, build_dataset, build_loader, build_transform,
                       check_same_classes, spread)
-from decoding import decode_picture, decode_pixels, load_image
+from formats.decoding import decode_picture, decode_pixels, load_image
 from loader_benchmark import plain_transform
 from samplers import EvalSampler, TrainSampler
-from utils import DataError, InputError
+from runtime.utils import DataError, InputError
 
 CPU = torch.device('cpu')
 PHOTO = load_sample_image('china.jpg')[:375, :500]

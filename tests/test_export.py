@@ -12,7 +12,7 @@ import export as program
 import main
 from conftest import PLAIN, ROOT
 from datasets import Digits, build_dataset
-from utils import InputError
+from runtime.utils import InputError
 
 onnx = pytest.importorskip('onnx')                     # of requirements-export.txt
 SMALL = ['embed_dim=32', 'num_heads=2', 'depth=2', 'patch_size=8']

@@ -19,12 +19,12 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import folder2lmdb
-import lmdb_dataset
+from formats import lmdb_dataset
 import main
 from conftest import TINY
 from folder2lmdb import ImageFolderLMDB
-from test_lmdb_dataset import PICTURES, database, legacy, make_tree, pixels, tree, write_lmdb  # noqa: F401 (fixtures)
-from utils import InputError, atomic_write
+from databases import PICTURES, database, legacy, make_tree, pixels, tree, write_lmdb  # noqa: F401 (fixtures)
+from runtime.utils import InputError, atomic_write
 
 SCRIPT = Path(folder2lmdb.__file__)
 

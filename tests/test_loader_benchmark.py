@@ -10,7 +10,7 @@ import loader_benchmark
 import speed_test
 from conftest import ROOT
 from loader_benchmark import LoadingProtocol, loading_rate, pipelines, time_stages
-from utils import InputError
+from runtime.utils import InputError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 QUICK = ['--input-size', '32', '--batch-size', '4', '--device', 'cpu', '--num-workers', '1', '--windows', '1',

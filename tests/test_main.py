@@ -12,10 +12,11 @@ import folder2lmdb
 import main
 import visualize_mask
 from conftest import DEIT_TINY, PLAIN, TINY, UNCHANGED, open_picture, run_main
-from datasets import Digits, Preprocessing
+from datasets import Digits
 from main import parse_args
 from outputs import assert_same, checkpoint, log_lines
-from utils import InputError
+from runtime.preprocessing import Preprocessing
+from runtime.utils import InputError
 
 # --- Command line ---------------------------------------------------------------------------------------------------
 
@@ -226,7 +227,7 @@ def test_flags_of_the_data_set(monkeypatch):
     monkeypatch.setattr(main, 'build_dataset',
                         lambda is_train, **options: calls.append((is_train, options)) or Digits(is_train))
     given['preprocessing'] = Preprocessing(mean=(0.1, 0.2, 0.3))
-    monkeypatch.setattr('model_factory.pretrained_input', lambda model: (224, given['preprocessing']))
+    monkeypatch.setattr('runtime.model_factory.pretrained_input', lambda model: (224, given['preprocessing']))
     args = parse_args([*flags, '--device', 'cpu', '--output-dir', 'a', '--pretrained'])
     loaders = main.build_loaders(args, torch.device('cpu'))
     assert calls == [(True, given), (False, given)]

@@ -10,12 +10,12 @@ from functorch.compile import (aot_module_simplified, make_boxed_func,
                                min_cut_rematerialization_partition)
 
 import models_evit
-from compiled_model import CompiledModel
+from runtime.compiled_model import CompiledModel
 from conftest import reference, reference_images, reference_weights
 from datasets import Digits
 from engine import keep_rate_at
 from models_evit import VARIANTS, class_attention, num_kept, reorganize_tokens, resize_pos_embed
-from plain_evit import PlainEViT
+from evit.plain import PlainEViT
 
 
 def tiny(**kwargs):

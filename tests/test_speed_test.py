@@ -8,12 +8,12 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-import benchmark
+from measuring import benchmark
 import speed_test
-import throughput_plot
-from benchmark import Protocol, Throughput, macs
+from measuring import throughput_plot
+from measuring.benchmark import Protocol, Throughput, macs
 from models_evit import EViT
-from plain_evit import PlainEViT
+from evit.plain import PlainEViT
 from speed_test import (EVIT_SMALL, FIGURE_4, Candidate, add_ratios, build_candidate, compare, format_table, parse_args,
                         planned_rows, prepare, published_accuracy)
 
@@ -229,7 +229,7 @@ def test_plotted_points(monkeypatch, tmp_path):
         return {'model': model, 'top1': top1, 'speed': Throughput((rate,), protocol())}
 
     drawn = []
-    monkeypatch.setattr('throughput_plot.label_points', lambda axes, labels: drawn.append((axes, labels)))
+    monkeypatch.setattr('measuring.throughput_plot.label_points', lambda axes, labels: drawn.append((axes, labels)))
     rows = [row(f'{EVIT_SMALL}@0.8', 20., 79.8), row(f'{EVIT_SMALL}@0.7', 30., 79.5), row('resnet18', 50., None),
             row('deit_base_patch16_224', 10., 81.98), row('plain@0.7, float32', 29., 79.5),
             {'model': 'deit_tiny_patch16_224', 'top1': 72.19, 'failure': 'RuntimeError'}]

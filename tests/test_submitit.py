@@ -9,9 +9,9 @@ import pytest
 import main
 import run_with_submitit
 from conftest import ROOT
-from distributed import Stopped, StopSignal
+from runtime.distributed import Stopped, StopSignal
 from run_with_submitit import Job, run
-from utils import InputError
+from runtime.utils import InputError
 
 FLAGS = ['--epochs', '3', '--num_workers', '2', '--lr', '1e-3']
 

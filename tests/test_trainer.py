@@ -10,16 +10,16 @@ from timm.utils import ModelEmaV3
 
 import main
 import trainer
-from checkpoint import CheckpointWriter, load_run, write_checkpoint
+from runtime.checkpoint import CheckpointWriter, load_run, write_checkpoint
 from conftest import PLAIN, TINY, open_picture, reference
 from datasets import DeviceLoader
-from distributed import Stopped
+from runtime.distributed import Stopped
 from engine import keep_rate_at
 from main import parse_args
 from outputs import assert_same, checkpoint, events, log_lines, result
 from samplers import TrainSampler
 from trainer import EmaInMainMemory, Trainer
-from utils import InputError, choose_amp_dtype, seed_all
+from runtime.utils import InputError, choose_amp_dtype, seed_all
 
 CPU = torch.device('cpu')
 
@@ -70,9 +70,9 @@ def test_resume_at_any_step_bit_for_bit(flags, image_folder, tmp_path, monkeypat
     def keep(path, copy):
         (os.link if path.endswith('.pth') else shutil.copy)(path, copy)
 
-    monkeypatch.setattr('checkpoint.write_checkpoint', save_and_keep)
+    monkeypatch.setattr('runtime.checkpoint.write_checkpoint', save_and_keep)
     main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole'), '--resume', 'auto']))
-    monkeypatch.setattr('checkpoint.write_checkpoint', save)
+    monkeypatch.setattr('runtime.checkpoint.write_checkpoint', save)
     assert len(kept) == 9                            # 3 updates in each of 3 epochs
     for i in (0, 2, 4, 7):
         torch.manual_seed(i)                         # the global random state has no effect

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import main
-from distributed import kill_workers
+from runtime.distributed import kill_workers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import main  # noqa: E402
-from checkpoint import CheckpointWriter  # noqa: E402
+from runtime.checkpoint import CheckpointWriter  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
 RECIPE = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--data-set', 'DIGITS', '--input-size', '48',

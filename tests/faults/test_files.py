@@ -9,10 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, write_checkpoint
+from runtime.checkpoint import load_checkpoint, write_checkpoint
 from outputs import assert_same, result
 from runs import Run, at_file_operation, fork
-from utils import InputError
+from runtime.utils import InputError
 
 MIB = 2 ** 20
 CHECKPOINT = 86 * MIB                                  # roughly

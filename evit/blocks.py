@@ -1,0 +1,153 @@
+"""The attention and the blocks of timm's vision transformers, which can reorganise their tokens."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
+from timm.layers.attention import AttentionRope
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Attention, Block
+
+from evit.reorganization import (Reorganization, class_attention, merge_tokens, num_kept, reorganize_tokens,
+                                 size_bias)
+
+
+# --- Attention ------------------------------------------------------------------------------------------------------
+
+class ScoringAttention:
+    """Mixin for an attention of timm, which then also returns the class token's attention to each token.
+
+    Modifications: with `return_scores`, it always uses scaled_dot_product_attention, and computes the class token's row
+    of the attention in addition, never the (N, N) matrix.
+    """
+
+    def forward(self, x, return_scores=False, attn_mask=None, **kwargs):
+        """(B, N, C) → (B, N, C), and with `return_scores` the class token's attention (B, N), after any rotation."""
+        if not return_scores:
+            return super().forward(x, attn_mask=attn_mask, **kwargs)
+        q, k, v = self.project(x, **kwargs)                                            # (B, H, N, D) each
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.)
+        x = self.norm(x.transpose(1, 2).flatten(2))                                    # (B, N, C)
+        return self.proj_drop(self.proj(x)), class_attention(q, k, self.scale, attn_mask)
+
+    def project(self, x, rope=None):
+        """(B, N, C) → queries, keys and values, (B, H, N, D) each; `rope` rotates queries and keys of the patches."""
+        B, N, _ = x.shape
+        if self.qkv is None:                           # Eva's with three layers, of which keys may have fewer heads
+            head_dim = self.q_proj.out_features // self.num_heads
+            q, k, v = (layer(x).reshape(B, N, -1, head_dim).transpose(1, 2)
+                       for layer in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            if getattr(self, 'q_bias', None) is None:
+                qkv = self.qkv(x)
+            else:                                      # Eva's without a bias of the keys
+                qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
+            q, k, v = qkv.reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = self.rotate(q, rope).type_as(v), self.rotate(k, rope).type_as(v)
+        if k.shape[1] < self.num_heads:                # grouped-query attention: neighbouring heads share keys, values
+            k, v = (t.repeat_interleave(self.num_heads // t.shape[1], dim=1) for t in (k, v))
+        return q, k, v
+
+    def rotate(self, q, rope):
+        """Rotate the patches' queries or keys (B, H, N, D); the prefix tokens have no place."""
+        prefix, patches = q.tensor_split([self.num_prefix_tokens], dim=2)
+        return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)], dim=2)
+
+
+class EViTAttention(ScoringAttention, Attention):
+    """Attention of a `VisionTransformer`."""
+
+
+class EViTEvaAttention(ScoringAttention, EvaAttention):
+    """Attention of an `Eva`."""
+
+
+class EViTRopeAttention(ScoringAttention, AttentionRope):
+    """Attention of an `Eva` with a bias of the keys, such as DINOv3's relatives."""
+
+
+# --- Blocks ---------------------------------------------------------------------------------------------------------
+
+class InplaceGELU(nn.GELU):
+    """nn.GELU, in place if no gradient needs the input: the hidden layer of an MLP is then in memory once."""
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return torch.ops.aten.gelu_(x, approximate=self.approximate)
+
+
+class ReorganizingBlock:
+    """Mixin for a block of timm, which can then reorganise its tokens between attention and MLP.
+
+    Modifications: GELU in place; `keep_rate`, `fuse_token`, `merge_token` and `num_prefix_tokens`, which `to_evit`
+    sets. Prefix tokens (class, distillation, registers) are protected: they are never dropped, fused or merged. A block
+    that keeps all tokens runs timm's own forward.
+    """
+
+    def forward(self, x, keep_rate=None, tokens=None, sizes=None, get_idx=False, get_tokens=False, **kwargs):
+        """(B, P + N, C) → (B, P + k [+ 1], C) with P protected tokens.
+
+        Args:
+            keep_rate: fraction of the N tokens to keep; None for the block's own rate.
+            tokens: number of tokens k to keep, instead of a rate.
+            sizes: (B, N), how many patches each token stands for, if they were merged (proportional attention).
+            get_idx: also return the `Reorganization`, None if all tokens were kept.
+            get_tokens: with the tokens from which k were kept.
+            kwargs: what the attention takes, such as `rope`.
+        """
+        num_prefix = self.num_prefix_tokens
+        num_tokens, result = x.shape[1] - num_prefix, None
+        k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate) if tokens is None else tokens
+        if sizes is not None:
+            kwargs['attn_mask'] = size_bias(sizes, num_prefix, x.dtype)
+        if k >= num_tokens:
+            x = super().forward(x, **kwargs)
+        else:
+            x, scores = self.attend(x, **kwargs)
+            prefix, tokens = x.tensor_split([num_prefix], dim=1)
+            if self.merge_token:
+                kept, result = merge_tokens(tokens, scores[:, num_prefix:], k, sizes)
+            else:
+                kept, idx = reorganize_tokens(tokens, scores[:, num_prefix:], k, self.fuse_token)
+                result = Reorganization(idx)
+            if get_tokens:
+                result = result._replace(tokens=tokens)
+            x = self.feed_forward(torch.cat([prefix, kept], dim=1))
+        return (x, result) if get_idx else x
+
+
+class EViTBlock(ReorganizingBlock, Block):
+    """The block of a `VisionTransformer`."""
+
+    def attend(self, x, **kwargs):
+        """Attention and its residual; → tokens (B, N, C), the class token's attention (B, N)."""
+        attn, scores = self.attn(self.norm1(x), return_scores=True, **kwargs)
+        return x + self.drop_path1(self.ls1(attn)), scores
+
+    def feed_forward(self, x):
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class EViTEvaBlock(ReorganizingBlock, EvaBlock):
+    """The block of an `Eva`."""
+
+    def attend(self, x, **kwargs):
+        attn, scores = self.attn(self.norm1(x), return_scores=True, **kwargs)
+        return x + self.drop_path1(attn if self.gamma_1 is None else self.gamma_1 * attn), scores
+
+    def feed_forward(self, x):
+        mlp = self.mlp(self.norm2(x))
+        return x + self.drop_path2(mlp if self.gamma_2 is None else self.gamma_2 * mlp)
+
+
+class EViTEvaBlockPostNorm(ReorganizingBlock, EvaBlockPostNorm):
+    """The block of an `Eva` that normalises after attention and MLP."""
+
+    def attend(self, x, **kwargs):
+        attn, scores = self.attn(x, return_scores=True, **kwargs)
+        return x + self.drop_path1(self.norm1(attn)), scores
+
+    def feed_forward(self, x):
+        return x + self.drop_path2(self.norm2(self.mlp(x)))

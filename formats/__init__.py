@@ -1,0 +1,1 @@
+"""How images are stored: image files, LMDB databases, label maps."""

@@ -1,0 +1,65 @@
+"""From image files to pictures or pixels."""
+import contextlib
+import io
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms.v2 import functional as F
+
+from runtime.utils import DataError, one_line
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:                                    # torchvision 0.29 announced its removal
+    decode_jpeg = None
+
+
+def read_file(path):
+    """Bytes of a file; DataError, naming it, if it cannot be read."""
+    try:
+        with open(path, 'rb', buffering=0) as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f'{path} cannot be read: {error.strerror}') from error
+
+
+def decode_picture(data, where):
+    """Bytes of an image file of any mode and format that Pillow reads → RGB picture.
+
+    Args:
+        data: bytes.
+        where: function that returns the image's place, for messages.
+    Raises:
+        DataError: the data do not decode; the message begins with `where()`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return image if image.mode == 'RGB' else image.convert('RGB')              # convert copies in any case
+    except Exception as error:                         # Pillow's decoders raise nearly anything on broken data
+        raise undecodable(where(), error) from error
+
+
+def undecodable(where, error):
+    """The DataError about an image that failed to decode with `error`."""
+    # Pillow's own text of this error names an object in memory
+    unknown = isinstance(error, UnidentifiedImageError)
+    return DataError(f'{where} does not decode: {"no image format of Pillow" if unknown else one_line(error)}')
+
+
+def decode_pixels(data, where):
+    """Like `decode_picture`, but → the same pixels as uint8 (3, H, W).
+
+    A colour JPEG is decoded by torchvision into a tensor, of which only a crop need be copied; other files by Pillow.
+    """
+    if decode_jpeg and data.startswith(b'\xff\xd8\xff'):
+        with contextlib.suppress(RuntimeError):        # Pillow may read what torchvision refuses, or say why not
+            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            if len(pixels) == 3:
+                return pixels
+    return F.pil_to_tensor(decode_picture(data, where))
+
+
+def load_image(path, decode=decode_picture):
+    """Read and decode an image file; DataError, naming the file, if that fails."""
+    return decode(read_file(path), lambda: path)

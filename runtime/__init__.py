@@ -1,0 +1,1 @@
+"""What every run needs: arguments, checkpoints, processes, failures, reports, models by name."""

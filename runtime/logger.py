@@ -1,0 +1,196 @@
+"""What a run reports: lines on the console, log.txt, TensorBoard."""
+import datetime
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from runtime.distributed import all_reduce, log, rank, world_size
+from runtime.utils import InputError, atomic_write, open_durably
+
+
+# --- Console --------------------------------------------------------------------------------------------------------
+
+class Progress:
+    """Prints a line every `print_freq` steps of a pass over batches, and sums up the figures of the whole pass.
+
+    The loss stays on the device between the lines, so that no step waits for it.
+
+    Args:
+        title: start of the lines.
+        num_steps: number of batches of the pass.
+        print_freq: steps from one line to the next.
+        device: device of the losses.
+        lockstep: whether all processes take the same steps, as in training. Then the figures are over all of them, and
+            a loss that is not finite raises FloatingPointError in all of them.
+        state: `state_dict` of an interrupted pass to continue.
+    """
+
+    def __init__(self, title, num_steps, print_freq, device, lockstep=False, state=None):
+        self.title, self.num_steps, self.print_freq = title, num_steps, print_freq
+        self.device, self.lockstep = device, lockstep
+        self.world_size = world_size() if lockstep else 1
+        self.step = self.images = self.skipped = self.skipped_in_a_row = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.first_broken = torch.full((), math.inf, device=device)        # first step with a loss that is not finite
+        self.values = {}
+        if state:
+            self.step, self.images = state['step'], state['images']
+            self.skipped, self.skipped_in_a_row = state['skipped'], state['skipped_in_a_row']
+            loss_sums = state['loss_sums']
+            mine = loss_sums[rank()] if len(loss_sums) == self.world_size else loss_sums.sum() / self.world_size
+            self.loss_sum += mine.to(device)
+            self.values = state['values']
+        self.first_images = self.last_images = self.images
+        self.start_step = self.step
+        self.start = self.last_time = time.perf_counter()
+
+    def state_dict(self):
+        """The pass so far, of all processes; raises FloatingPointError as a line would."""
+        self.mean_loss()
+        loss_sums = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
+        loss_sums[rank()] = self.loss_sum
+        return {'step': self.step, 'num_steps': self.num_steps, 'images': self.images, 'skipped': self.skipped,
+                'skipped_in_a_row': self.skipped_in_a_row, 'loss_sums': all_reduce(loss_sums).cpu(),
+                'values': self.values}
+
+    def add_batch(self, loss, num_images, counts=True, **values):
+        """Add a batch: its mean loss (0-d, or None), its size, whether the figures count it, values to print."""
+        self.step += 1
+        if counts:
+            self.images += num_images * self.world_size
+        if counts and loss is not None:
+            self.loss_sum += loss * num_images
+            self.first_broken = self.first_broken.where(loss.isfinite() | (self.first_broken < self.step), self.step)
+        self.values = values
+        if self.step % self.print_freq == 0 or self.step == self.num_steps:
+            self._print_line(loss)
+
+    def skip(self, limit):
+        """Count an update skipped for a non-finite loss; FloatingPointError after more than `limit` in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        log(f'{self.title} step {self.step} is left out: its loss is not finite')
+        if self.skipped_in_a_row > limit:
+            raise FloatingPointError(f'{self.title} at step {self.step} the loss is not finite {self.skipped_in_a_row} '
+                                     'times in a row; try a lower --lr, --clip-grad, or --amp-dtype float32')
+
+    def mean_loss(self):
+        """The mean loss so far, over all processes in lockstep, where it is finite or FloatingPointError is raised."""
+        loss_sum = self.loss_sum.clone()
+        mean = (all_reduce(loss_sum) if self.lockstep else loss_sum).item() / max(self.images, 1)
+        if self.lockstep and not math.isfinite(mean):
+            step = int(all_reduce(self.first_broken, dist.ReduceOp.MIN).item())
+            raise FloatingPointError(f'{self.title} the loss of step {step} is not finite; '
+                                     'try a lower --lr, --clip-grad, --amp-dtype float32, or --skip-nonfinite')
+        return mean
+
+    def _print_line(self, loss):
+        losses = []
+        if loss is not None:
+            loss = loss.double() / self.world_size
+            loss = (all_reduce(loss) if self.lockstep else loss).item()
+            losses = [f'loss: {loss:.4f} ({self.mean_loss():.4f})']
+        now = time.perf_counter()
+        seconds = (now - self.start) / (self.step - self.start_step) * (self.num_steps - self.step)
+        speed = (self.images - self.last_images) / (now - self.last_time)
+        self.last_time, self.last_images = now, self.images
+        parts = [f'{self.title} [{self.step:{len(str(self.num_steps))}}/{self.num_steps}]',
+                 f'eta: {datetime.timedelta(seconds=round(seconds))}', *losses,
+                 *(f'{key}: {value:.4g}' for key, value in self.values.items()), f'images/s: {speed:.0f}']
+        if self.device.type == 'cuda':
+            parts.append(f'memory: {torch.cuda.max_memory_allocated(self.device) / 2 ** 20:.0f} MiB')
+        log('  '.join(parts))
+
+    def summary(self):
+        """The figures of the whole pass: mean loss, images/s of the part in this process, the last values."""
+        seconds = time.perf_counter() - self.start
+        skipped = {'skipped_steps': self.skipped} if self.skipped else {}
+        return {'loss': self.mean_loss(), 'images_per_second': (self.images - self.first_images) / seconds,
+                **self.values, **skipped}
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------
+
+def make_output_folder(path):
+    """Create a folder if it is missing → Path; InputError if it cannot be written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f'the output folder {path} cannot be made or written to: {error.strerror}') from None
+    return Path(path)
+
+
+class RunLog:
+    """log.txt, one JSON line per epoch, and TensorBoard's files in the output folder.
+
+    An epoch is logged before its checkpoint is saved. If the run is killed in between, the epoch is trained again, so
+    its lines are removed from log.txt, and TensorBoard is told to ignore its events.
+
+    Args:
+        folder: Path of the output folder; None to write nothing.
+        epoch: the first epoch that this run will log.
+        resumed: whether the folder may have entries of that epoch or later ones from before.
+    """
+
+    def __init__(self, folder, epoch, resumed):
+        self.folder = folder
+        if folder:
+            if resumed:
+                cut_log(folder / 'log.txt', epoch)
+            # SummaryWriter would write in a thread, which may be late when the run is killed
+            self.events = EventsWriter(str(folder / 'events'))
+            self._write_event(epoch, session_log=SessionLog(status=SessionLog.START))
+
+    def log_epoch(self, epoch, stats, num_parameters):
+        """Log the figures of an epoch, a dict of numbers, and the number of trained parameters."""
+        if self.folder:
+            append_line(self.folder / 'log.txt', {**stats, 'epoch': epoch, 'n_parameters': num_parameters})
+            for name, value in stats.items():
+                self._write_event(epoch, summary=summary.scalar(name.replace('_', '/', 1), value))
+
+    def log_image(self, epoch, tag, pixels):
+        """Show TensorBoard an image, uint8 (H, W, 3)."""
+        if self.folder:
+            self._write_event(epoch, summary=summary.image(tag, pixels, dataformats='HWC'))
+
+    def _write_event(self, epoch, **content):
+        self.events.write_event(Event(step=epoch, wall_time=time.time(), **content))
+        self.events.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.folder:
+            self.events.close()
+
+
+def append_line(path, stats):
+    """Append a dict to a file as a line of JSON that survives a power cut, as the checkpoint after it does."""
+    with open_durably(path, 'a') as file:
+        file.write(json.dumps(stats) + '\n')
+
+
+def cut_log(path, epoch):
+    """Remove from log.txt the lines of `epoch` and later ones, and a line that was not written completely."""
+    def stays(line):
+        try:
+            stats = json.loads(line)
+        except ValueError:                             # including UnicodeDecodeError
+            return False
+        number = stats.get('epoch') if isinstance(stats, dict) else None
+        return line.endswith(b'\n') and (not isinstance(number, int) or number < epoch)
+
+    if path.exists():
+        with atomic_write(path) as temporary, open_durably(temporary, 'wb') as file:
+            file.writelines(filter(stays, path.read_bytes().splitlines(keepends=True)))

@@ -1,0 +1,51 @@
+import argparse
+
+import pytest
+
+from runtime.arguments import (ArgumentParser, block_numbers, count, key_value, non_negative, positive, rate, share,
+                       token_counts, with_dashes, within)
+
+
+@pytest.mark.parametrize('kind, right, wrong', [
+    (key_value, {'a=1': ('a', 1), 'a=(1, 2)': ('a', (1, 2)), 'a=b=c': ('a', 'b=c'), 'a=': ('a', ''),
+                 'a=True': ('a', True)}, ['a', '=1', 'a-b=1', '']),
+    (within(1, 3, int), {'1': 1, '3': 3}, ['0', '4', '1.5', 'x', '', '9' * 400]),
+    (within(0.5), {'0.5': 0.5, '1e9': 1e9}, ['0.4', 'inf', 'nan']),
+    (positive(int), {'1': 1}, ['0', '-1', '0.5']), (positive(float), {'1e-300': 1e-300}, ['0', '-1', 'inf', 'nan']),
+    (count, {'0': 0, '2147483648': 2 ** 31}, ['-1', '2147483649']), (rate, {'1': 1., '0.7': 0.7}, ['0', '1.01', 'nan']),
+    (share, {'0': 0., '1': 1.}, ['-0.1', '1.1']), (non_negative, {'0': 0.}, ['-1', 'inf']),
+    (block_numbers, {'3,6,9': (3, 6, 9), '(3, 6,)': (3, 6), '[2]': (2,)}, ['', '3;6', '[3,6', 'a'])])
+def test_types(kind, right, wrong):
+    assert {text: kind(text) for text in right} == right
+    for text in wrong:
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            kind(text)
+
+
+def test_token_counts(tmp_path):
+    """From the command line or from a file."""
+    assert token_counts('197,150,9') == (197, 150, 9)
+    file = tmp_path / 'counts.json'
+    file.write_text('[197, 150, 9]')
+    assert token_counts(str(file)) == (197, 150, 9)
+    for text in ('{}', '[1.5]', '[true]', '3', '', '[197'):
+        file.write_text(text)
+        with pytest.raises(argparse.ArgumentTypeError, match='counts.json'):
+            token_counts(str(file))
+    for text, reason in ((str(tmp_path / 'no.json'), 'No such file'), ('197;3', "'197;3': it is neither a list of")):
+        with pytest.raises(argparse.ArgumentTypeError, match=reason):
+            token_counts(text)
+
+
+def test_one_line_per_error(capsys):
+    parser = ArgumentParser(prog='program')
+    parser.add_argument('--number', type=within(0, 1))
+    for text, message in (('2', 'must be from 0 to 1, not 2'), ('x', "invalid float value: 'x'")):
+        with pytest.raises(SystemExit) as exit_:
+            parser.parse_args(['--number', text])
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err == f'program: error: argument --number: {message}\n'
+
+
+def test_with_dashes():
+    assert with_dashes('--base_keep_rate=a_b') == '--base-keep-rate=a_b' and with_dashes('--x') == '--x'
