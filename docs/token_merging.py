@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as program
-from measuring.benchmark import macs, paired_throughput
-from runtime.checkpoint import load_checkpoint, load_weights
 from curve import with_way
 from engine import evaluate
-from runtime.failures import exit_failed
-from models_evit import EViT, to_evit
 from evit.reorganization import size_bias
+from measuring.benchmark import macs, paired_throughput
+from models_evit import EViT, to_evit
+from runtime.checkpoint import load_checkpoint, load_weights
+from runtime.failures import exit_failed
 from runtime.utils import InputError, choose_amp_dtype
 
 

@@ -16,8 +16,9 @@ import timm
 import torch
 from timm.models import clean_state_dict
 
-from runtime.distributed import all_reduce, log, rank
 from evit.position_embedding import antialiases
+from runtime.distributed import all_reduce, log, rank
+from runtime.model_factory import MODEL_FLAGS, TOKEN_FLAGS, trained_flags
 from runtime.utils import InputError, atomic_write, one_line, open_durably
 
 NEWEST, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
@@ -249,6 +250,19 @@ def check_records(file, source):
     file.seek(0)
 
 
+def read_flags(resume, folder):
+    """The flags of the checkpoint that --resume stands for, {} if there is none; as `find_checkpoint` otherwise."""
+    sources = [resume] if resume != 'auto' else [
+        str(Path(folder) / name) for name in (NEWEST, PREVIOUS) if (Path(folder) / name).is_file()]
+    for source in sources:
+        try:
+            return trained_flags(load_checkpoint(source))
+        except DamagedCheckpoint:
+            if source == sources[-1]:
+                raise
+    return {}
+
+
 def load_run(source, settings, evaluates_only):
     """Read a checkpoint to resume or evaluate; report settings that differ from those it was trained with.
 
@@ -260,20 +274,19 @@ def load_run(source, settings, evaluates_only):
         InputError: as `load_checkpoint`, or training cannot go on with another optimizer or scheduler.
     """
     checkpoint = load_checkpoint(source)
-    trained = checkpoint.get('args') or {}
-    if isinstance(trained, argparse.Namespace):        # of the original code, whose lr is the scaled one
-        trained = {name: value for name, value in vars(trained).items() if name != 'lr'}
-    model = ('model', 'pretrained', 'input_size', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'merge_token',
-             'drop_loc', 'keep_schedule', 'token_counts')
+    trained = trained_flags(checkpoint)
+    if isinstance(checkpoint.get('args'), argparse.Namespace):             # of the original code, whose lr is scaled
+        trained.pop('lr', None)
+    names = [*MODEL_FLAGS, *TOKEN_FLAGS]
     if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
-        model = [name for name in model if name not in ('base_keep_rate', 'drop_loc', 'keep_schedule')]
+        names = [name for name in names if name not in ('base_keep_rate', 'drop_loc', 'keep_schedule')]
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
                 'weight_decay', 'dense_weight', 'token_label_path')
     for name in () if evaluates_only else ('opt', 'sched'):
         if name in trained and trained[name] != settings[name]:
             raise InputError(f'{source} was trained with --{name} {trained[name]} and cannot go on with '
                              f'{settings[name]}')
-    for name in model if evaluates_only else (*model, *schedule):
+    for name in names if evaluates_only else (*names, *schedule):
         if name in trained and str(trained[name] or '') != str(settings[name] or ''):
             log(f'note: {source} was trained with {name} {trained[name]}, this run has {settings[name]}')
     return checkpoint

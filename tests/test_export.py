@@ -238,7 +238,7 @@ def test_format_without_its_packages(tmp_path, monkeypatch):
 def test_hub(tmp_path):
     options = dict(base_keep_rate=0.4, num_classes=3)
     model = torch.hub.load(str(ROOT), 'deit_tiny_patch16_shrink_base', source='local', **options)
-    assert type(model).__name__ == 'EViT' and model.base_keep_rate == 0.4 and model.num_classes == 3
+    assert type(model).__name__ == 'EViT' and model.token_settings.base_keep_rate == 0.4 and model.num_classes == 3
     assert timm.is_model('deit_tiny_patch16_shrink_base')
 
 

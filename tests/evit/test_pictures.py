@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import normalize
 
-import models_evit  # noqa: F401, registers the models
+import models_evit                                     # noqa: F401, registers the models
 from conftest import ROOT
 from evit import pictures as module
 from evit.observation import compose_positions, kept_patches, observe
@@ -468,7 +468,7 @@ def test_patches_that_became_one_token(name, kwargs, size, grid):
     """Against sets of patches, joined one by one; a merged patch has the mean colour of its group."""
     model, images = create(name, merge_token=True, **kwargs), random_images(size)
     stages = []
-    for block in (model.blocks[i] for i in model.drop_loc):
+    for block in (model.blocks[i] for i in model.token_settings.drop_loc):
         block.register_forward_hook(lambda block, args, output: stages.append(output[1]))
     seen = observe(model, images, 0.6)
     pictures = merge_images(images, seen.groups, model.patch_embed.patch_size)
@@ -477,8 +477,8 @@ def test_patches_that_became_one_token(name, kwargs, size, grid):
     for b in range(len(images)):
         tokens = [{patch} for patch in range(num_patches)]
         for i, stage in enumerate(stages):
-            joined = [set(tokens[position]) for position in stage.kept[b].tolist()]
-            for position, target in zip(stage.others[b].tolist(), stage.nearest[b].tolist(), strict=True):
+            joined = [set(tokens[position]) for position in stage.idx[b].tolist()]
+            for position, target in zip(stage.other_idx[b].tolist(), stage.nearest[b].tolist(), strict=True):
                 joined[target] |= tokens[position]
             tokens = joined
             groups = seen.groups[b, i].flatten().tolist()

@@ -14,10 +14,10 @@ from torchvision.datasets import ImageFolder
 
 import main
 import visualize_mask
-from runtime.checkpoint import load_finetune
 from conftest import ROOT
 from main import parse_args
 from models_evit import resize_pos_embed, to_evit
+from runtime.checkpoint import load_finetune
 from runtime.utils import InputError
 from visualize_mask import kept_patches, mask_images
 
