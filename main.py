@@ -156,7 +156,8 @@ def parse_args(argv, parser=None):
     args = parser.parse_args([with_dashes(text) if text.startswith('--') else text for text in argv])
     fill_data_arguments(args, parser, needs_path=not args.only_test_speed)
     is_resumed = args.resume and (args.eval or args.visualize_mask)
-    fill_model_arguments(args, parser, read_flags(args.resume, args.output_dir) if is_resumed else None)
+    is_shrinking = any(getattr(args, name) is not None for name in SHRINK_DEFAULTS)
+    fill_model_arguments(args, parser, read_flags(args.resume, args.output_dir) if is_resumed else None, is_shrinking)
     fill_shrink_arguments(args, parser)
     if args.train_interpolation is None:
         args.train_interpolation = input_of(args)[1].interpolation

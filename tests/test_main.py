@@ -422,9 +422,9 @@ def test_speed_and_masks(digits_run, tmp_path, capsys, short_windows):
 
 
 def test_pictures_by_one_and_two_processes(image_folder, tmp_path, capsys):
-    flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '2', '--visualize_mask',
-             '--n_visualization', '7', '--resume', str(tmp_path / 'new.pth')]
+    flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '2']
     torch.save({'model': main.build_model(parse_args(flags), 3).state_dict()}, tmp_path / 'new.pth')
+    flags += ['--visualize_mask', '--n_visualization', '7', '--resume', str(tmp_path / 'new.pth')]
     main.main(parse_args([*flags, '--output_dir', str(tmp_path / '0')]))
     printed, done = capsys.readouterr().out, run_main(*flags, '--output_dir', tmp_path / '2', processes=2)
     assert accuracy_lines(done.stdout) == accuracy_lines(printed) and 'on the 7 test images' in printed

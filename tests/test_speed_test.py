@@ -10,7 +10,7 @@ from PIL import Image
 
 import speed_test
 from evit.plain import PlainEViT
-from measuring import benchmark, throughput_plot
+from measuring import benchmark, plots
 from measuring.benchmark import Protocol, Throughput, macs
 from models_evit import EViT
 from speed_test import (EVIT_SMALL, FIGURE_4, Candidate, add_ratios, build_candidate, compare, format_table, parse_args,
@@ -228,7 +228,7 @@ def test_plotted_points(monkeypatch, tmp_path):
         return {'model': model, 'top1': top1, 'speed': Throughput((rate,), protocol())}
 
     drawn = []
-    monkeypatch.setattr('measuring.throughput_plot.label_points', lambda axes, labels: drawn.append((axes, labels)))
+    monkeypatch.setattr('measuring.plots.label_points', lambda axes, labels: drawn.append((axes, labels)))
     rows = [row(f'{EVIT_SMALL}@0.8', 20., 79.8), row(f'{EVIT_SMALL}@0.7', 30., 79.5), row('resnet18', 50., None),
             row('deit_base_patch16_224', 10., 81.98), row('plain@0.7, float32', 29., 79.5),
             {'model': 'deit_tiny_patch16_224', 'top1': 72.19, 'failure': 'RuntimeError'}]
@@ -250,7 +250,7 @@ def test_labels_of_crowded_points():
               ('pvt_v2_b2', 8.5, 82.), ('tnt_s', 9., 81.5)]
     axes.plot([x for _, x, _ in points], [y for _, _, y in points], 's')
     axes.set(xscale='log', xlim=(3, 30), ylim=(77, 84))
-    throughput_plot.label_points(axes, points)
+    plots.label_points(axes, points)
     assert [(text.get_text(), *text.xy) for text in axes.texts] == points
     boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

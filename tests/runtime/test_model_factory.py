@@ -79,9 +79,13 @@ def test_registers_finetuned_evaluated_resumed_and_visualized(tmp_path, capsys):
     accuracies = [line for line in finetuned.splitlines() if line.startswith('Accuracy')]
     assert len(accuracies) == 2 and all(line in evaluated for line in accuracies)
     assert 'was trained with' not in evaluated
-    plain = [flag for flag in REGISTERS if flag not in ('--base_keep_rate', '0.7', '--fuse_token')]
-    main.main(parse_args([*plain, '--eval', '--resume', str(folder / 'checkpoint.pth')]))
-    assert 'was trained with base_keep_rate 0.7, this run has None' in capsys.readouterr().out
+    # Flags of the model that are not given are the checkpoint's; others are reported
+    data = ['--device', 'cpu', '--num-workers', '0', '--eval', '--resume', str(folder / 'checkpoint.pth')]
+    main.main(parse_args(data))
+    evaluated = capsys.readouterr().out
+    assert all(line in evaluated for line in accuracies) and 'was trained with' not in evaluated
+    main.main(parse_args([*data, '--base_keep_rate', '1']))
+    assert 'was trained with base_keep_rate 0.7, this run has 1.0' in capsys.readouterr().out
     main.main(parse_args([*REGISTERS, '--epochs', '2', '--resume', 'auto', '--output_dir', str(folder)]))
     resumed = capsys.readouterr().out
     assert 'Epoch: [1]' in resumed and 'Epoch: [0]' not in resumed
