@@ -15,6 +15,7 @@ import torch
 from datasets import (DATA_FLAGS, add_data_arguments, build_dataset, build_loader, check_same_classes,
                       fill_data_arguments)
 from evit.reorganization import WAYS
+from evit.settings import TokenSettings
 from measuring.accuracy_curve import SUMS, Evaluation, format_table, plan_rows, write_csv
 from measuring.knn import Neighbours
 from measuring.plots import plot_curve
@@ -24,8 +25,8 @@ from runtime.distributed import (ignore_stop_signals, init_process_group, kill_w
                                  world_size)
 from runtime.failures import exit_failed
 from runtime.logger import make_output_folder
-from runtime.model_factory import (MODEL_FLAGS, add_model_arguments, create_model, fill_model_arguments, input_of,
-                                   token_settings)
+from runtime.model_factory import MODEL_FLAGS, add_model_arguments, create_model, fill_model_arguments
+from runtime.preprocessing import input_of
 from runtime.utils import atomic_write, choose_amp_dtype, choose_kernels, seed_all
 from samplers import EvalSampler
 
@@ -74,7 +75,7 @@ def parse_args(argv):
 def build_loaders(args, device):
     """Loaders of the validation set and, for --knn, of the training images in their order, without augmentation."""
     atexit.register(kill_workers)                      # they ignore SIGTERM, which would end them otherwise
-    preprocessing = input_of(args)[1]
+    preprocessing = input_of(args.model, args.pretrained)[1]
     load = partial(build_loader, batch_size=int(1.5 * args.batch_size), device=device, num_workers=args.num_workers,
                    pin_memory=args.pin_mem, channels_last=args.channels_last, worker_init_fn=ignore_stop_signals,
                    preprocessing=preprocessing)
@@ -93,7 +94,7 @@ def build_model(args, num_classes, device):
     """The EViT on the device with the weights that the flags name, in eval mode."""
     source = find_checkpoint(args.resume, args.output_dir, device, required=True)
     model = create_model(args.model, pretrained=args.pretrained and not source, new_head=bool(args.knn),
-                         tokens=token_settings(args), input_size=args.input_size, model_kwargs=args.model_kwargs,
+                         tokens=TokenSettings.of_flags(vars(args)), input_size=args.input_size, model_kwargs=args.model_kwargs,
                          num_classes=num_classes)
     if source:
         load_weights(model, load_run(source, vars(args), evaluates_only=True)['model'], source)

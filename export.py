@@ -18,14 +18,14 @@ import torch.nn as nn
 
 from datasets import DIGITS
 from evit.reorganization import patches_after
+from evit.settings import TokenSettings
 from runtime.arguments import ArgumentParser, HelpFormatter, positive, with_dashes
-from runtime.checkpoint import load_checkpoint, load_weights
+from runtime.checkpoint import load_checkpoint, load_weights, trained_flags
 from runtime.compiled_model import check_compiler
 from runtime.distributed import cuda_device, parse_device
 from runtime.failures import exit_failed
-from runtime.model_factory import (add_model_arguments, create_model, fill_model_arguments, input_of, token_settings,
-                                   trained_flags)
-from runtime.preprocessing import Preprocessing
+from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments
+from runtime.preprocessing import Preprocessing, input_of
 from runtime.utils import InputError, one_line
 
 SUFFIXES = {'onnx': '.onnx', 'pt2': '.pt2', 'aoti': '.pt2'}
@@ -129,7 +129,7 @@ def build(args, checkpoint):
         if not weights:
             raise InputError(f'--ema: {args.resume} has no moving average')
         num_classes = len(weights.get(f'{classifier}.weight', ()))
-    model = create_model(args.model, pretrained=not weights, input_size=args.input_size, tokens=token_settings(args),
+    model = create_model(args.model, pretrained=not weights, input_size=args.input_size, tokens=TokenSettings.of_flags(vars(args)),
                          model_kwargs=args.model_kwargs, num_classes=num_classes)
     if weights:
         load_weights(model, weights, args.resume)
@@ -290,7 +290,7 @@ def main(argv):
         device = cuda_device(device, in_group=False)
     if args.format == 'aoti':
         check_compiler(device)
-    preprocessing = input_of(args)[1]
+    preprocessing = input_of(args.model, args.pretrained)[1]
     if args.is_digits:
         preprocessing = preprocessing._replace(crop_pct=1.)                # they are never cropped
     quantized = args.dtype == 'int8'                   # by onnxruntime

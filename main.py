@@ -15,17 +15,19 @@ from timm.data import Mixup
 from datasets import (DATA_FLAGS, SeededDataset, add_data_arguments, build_dataset, build_loader, check_same_classes,
                       fill_data_arguments, spread)
 from engine import evaluate
+from evit.settings import TokenSettings
 from formats.token_labels import LabelledTokens, TokenLabeling
 from losses import DistillationLoss, TokenLabelingLoss, build_base_criterion
 from measuring.benchmark import report_speed
+from models_evit import is_lvvit
 from runtime.arguments import (ArgumentParser, HelpFormatter, add_run_arguments, fraction, natural, non_negative,
                                positive, timm_model, with_dashes, within)
 from runtime.checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights, read_flags
 from runtime.distributed import (Stopped, ignore_stop_signals, init_process_group, kill_workers, leave_process_group,
                                  log, rank, world_size)
 from runtime.failures import exit_failed
-from runtime.model_factory import (add_model_arguments, create_model, fill_model_arguments, flag_of, input_of, is_lvvit,
-                                   token_settings)
+from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments, flag_of
+from runtime.preprocessing import input_of
 from runtime.utils import InputError, choose_amp_dtype, choose_kernels, seed_all
 from samplers import EvalSampler, TrainSampler
 from trainer import Trainer
@@ -160,7 +162,7 @@ def parse_args(argv, parser=None):
     fill_model_arguments(args, parser, read_flags(args.resume, args.output_dir) if is_resumed else None, is_shrinking)
     fill_shrink_arguments(args, parser)
     if args.train_interpolation is None:
-        args.train_interpolation = input_of(args)[1].interpolation
+        args.train_interpolation = input_of(args.model, args.pretrained)[1].interpolation
     if args.dense_weight is None:
         args.dense_weight = 0.5 if is_lvvit(args.model) else 0.
     for wrong, message in wrong_combinations(args):
@@ -215,7 +217,7 @@ def build_loaders(args, device):
     The first and the last are None if the run does not need them.
     """
     atexit.register(kill_workers)                      # they ignore SIGTERM, which would end them otherwise
-    preprocessing = input_of(args)[1]
+    preprocessing = input_of(args.model, args.pretrained)[1]
     options = {name: getattr(args, name) for name in (*DATA_FLAGS, 'input_size', *AUGMENTATION)}
     options['preprocessing'] = preprocessing
     load = partial(build_loader, device=device, num_workers=args.num_workers, pin_memory=args.pin_mem,
@@ -243,7 +245,7 @@ def build_loaders(args, device):
 def build_model(args, num_classes, pretrained=False):
     """The model on the CPU, with new weights or timm's."""
     return create_model(args.model, pretrained=pretrained, new_head=not args.eval,
-                        tokens=token_settings(args), input_size=args.input_size,
+                        tokens=TokenSettings.of_flags(vars(args)), input_size=args.input_size,
                         grad_checkpointing=args.grad_checkpointing, model_kwargs=args.model_kwargs,
                         num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
 

@@ -322,6 +322,11 @@ class Variant:
         return self.size in LVVITS
 
 
+def is_lvvit(name):
+    """Whether a model has an auxiliary classifier of the patch tokens."""
+    return name in VARIANTS and VARIANTS[name].is_lvvit
+
+
 DEITS = {
     'tiny': dict(embed_dim=192, num_heads=3, depth=12),
     'small': dict(embed_dim=384, num_heads=6, depth=12),

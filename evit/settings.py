@@ -7,6 +7,10 @@ import operator
 from evit.reorganization import SCORES, WAYS
 
 
+TOKEN_FLAGS = ('base_keep_rate', 'drop_loc', 'keep_schedule', 'token_counts', 'fuse_token', 'merge_token', 'token_way',
+               'token_score')
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenSettings:
     """How a model treats its tokens.
@@ -57,6 +61,26 @@ class TokenSettings:
                  'drop_loc': blocks if drop_loc is None else tuple(drop_loc)}
         return dataclasses.replace(self, **{name: value for name, value in named.items() if value is not None
                                             or name in ('token_counts', 'drop_loc')})
+
+    @classmethod
+    def of_flags(cls, flags, start=None):
+        """The settings of a dict of flags, in which any of `TOKEN_FLAGS` may be missing or None.
+
+        The others are those of `start`, the defaults without one. None if there is neither a flag nor a start.
+        """
+        named = {name: flags[name] for name in TOKEN_FLAGS if flags.get(name) is not None}
+        if not named:
+            return start
+        renamed = {'token_way': 'way', 'token_score': 'score'}
+        if 'keep_schedule' in named:
+            named['uniform'] = named.pop('keep_schedule') == 'uniform'
+        return (start or cls()).updated(**{renamed.get(name, name): value for name, value in named.items()})
+
+    def flags(self):
+        """A dict of all `TOKEN_FLAGS`."""
+        return {'base_keep_rate': self.base_keep_rate, 'drop_loc': self.drop_loc, 'token_counts': self.token_counts,
+                'keep_schedule': 'uniform' if self.uniform else 'stages', 'fuse_token': self.way == 'fuse',
+                'merge_token': self.way == 'merge', 'token_way': self.way, 'token_score': self.score}
 
     def at_depth(self, depth, num_patches, num_prefix_tokens):
         """The settings with the numbers of their blocks, and the keep rate of each of `depth` blocks.

@@ -17,8 +17,10 @@ import torch
 from timm.models import clean_state_dict
 
 from evit.position_embedding import antialiases
+from evit.settings import TOKEN_FLAGS
 from runtime.distributed import all_reduce, log, rank
-from runtime.model_factory import MODEL_FLAGS, TOKEN_FLAGS, trained_flags
+from runtime.arguments import block_numbers
+from runtime.model_factory import MODEL_FLAGS
 from runtime.utils import InputError, atomic_write, one_line, open_durably
 
 NEWEST, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
@@ -261,6 +263,15 @@ def read_flags(resume, folder):
             if source == sources[-1]:
                 raise
     return {}
+
+
+def trained_flags(checkpoint):
+    """The flags in a checkpoint as a dict; those of the original code are a Namespace with texts in it."""
+    trained = checkpoint.get('args') or {}
+    trained = dict(vars(trained) if isinstance(trained, argparse.Namespace) else trained)
+    if isinstance(trained.get('drop_loc'), str):
+        trained['drop_loc'] = block_numbers(trained['drop_loc'])
+    return trained
 
 
 def load_run(source, settings, evaluates_only):

@@ -9,11 +9,9 @@ from evit.settings import TokenSettings, default_blocks
 from models_evit import SIZES, TOKEN_ARGUMENTS, VARIANTS, to_evit
 from runtime.arguments import block_numbers, keep_rate, key_value, positive, timm_model, token_counts
 from runtime.distributed import log
-from runtime.preprocessing import Preprocessing, pretrained_input
+from runtime.preprocessing import input_of
 from runtime.utils import InputError, one_line
 
-TOKEN_FLAGS = ('base_keep_rate', 'drop_loc', 'keep_schedule', 'token_counts', 'fuse_token', 'merge_token', 'token_way',
-               'token_score')
 MODEL_FLAGS = 'model', 'pretrained', 'model_kwargs', 'input_size'
 
 DEFAULT_MODEL = 'deit_small_patch16_shrink_base'
@@ -146,65 +144,21 @@ def fill_model_arguments(args, parser, trained=None, as_evit=False):
         setattr(args, name, getattr(args, name) or trained.get(name))
     args.model, args.pretrained = args.model or DEFAULT_MODEL, bool(args.pretrained)
     args.model_kwargs = dict(args.model_kwargs or {})
-    args.input_size = args.input_size or input_of(args)[0]
-    given, of_checkpoint = ({name: flags[name] for name in TOKEN_FLAGS if flags.get(name) is not None}
-                            for flags in (vars(args), trained))
-    is_evit = bool(args.model in VARIANTS or given or of_checkpoint)
-    if is_evit or as_evit:
-        start = {}
+    args.input_size = args.input_size or input_of(args.model, args.pretrained)[0]
+    try:
+        asked = TokenSettings.of_flags(vars(args), TokenSettings.of_flags(trained))
+        start = TokenSettings() if as_evit else None
         if args.model in VARIANTS:
             depth = args.model_kwargs.get('depth', SIZES[VARIANTS[args.model].size]['depth'])
-            start = {'base_keep_rate': VARIANTS[args.model].keep_rate, 'drop_loc': default_blocks(depth)}
-        try:
-            set_token_flags(args, settings_of(given, settings_of(of_checkpoint, settings_of(start))))
-        except ValueError as error:
-            parser.error(str(error))
-    return is_evit
-
-
-def settings_of(flags, settings=TokenSettings()):
-    """The `TokenSettings` of token flags, a dict in which any may be missing; `settings` has the others."""
-    schedule, way = flags.get('keep_schedule'), flags.get('token_way')
-    return settings.updated(flags.get('base_keep_rate'), flags.get('drop_loc'), flags.get('fuse_token'),
-                            flags.get('merge_token'), schedule and schedule == 'uniform', flags.get('token_counts'),
-                            way, flags.get('token_score'))
-
-
-def set_token_flags(args, settings):
-    """Set the token flags of a Namespace to a `TokenSettings`."""
-    counts = settings.token_counts
-    args.base_keep_rate, args.drop_loc, args.token_counts = settings.base_keep_rate, settings.drop_loc, counts
-    args.keep_schedule = 'uniform' if settings.uniform else 'stages'
-    args.token_way, args.token_score = settings.way, settings.score
-    args.fuse_token, args.merge_token = settings.way == 'fuse', settings.way == 'merge'
-
-
-def trained_flags(checkpoint):
-    """The flags in a checkpoint as a dict; those of the original code are a Namespace with texts in it."""
-    trained = checkpoint.get('args') or {}
-    trained = dict(vars(trained) if isinstance(trained, argparse.Namespace) else trained)
-    if isinstance(trained.get('drop_loc'), str):
-        trained['drop_loc'] = block_numbers(trained['drop_loc'])
-    return trained
+            start = TokenSettings(VARIANTS[args.model].keep_rate, default_blocks(depth))
+        settings = TokenSettings.of_flags(vars(args), TokenSettings.of_flags(trained, start))
+    except ValueError as error:
+        parser.error(str(error))
+    if settings:
+        vars(args).update(settings.flags())
+    return bool(asked or args.model in VARIANTS)
 
 
 def flag_of(name):
     """The flag that sets an attribute of the Namespace."""
     return f'--{name.replace("_", "-")}'
-
-
-def input_of(args):
-    """The side of the images in pixels and their `Preprocessing`: those of timm's weights, LV-ViT's, or DeiT's."""
-    if args.pretrained or is_lvvit(args.model):
-        return pretrained_input(args.model)
-    return 224, Preprocessing()
-
-
-def is_lvvit(name):
-    """Whether a model has an auxiliary classifier of the patch tokens."""
-    return name in VARIANTS and VARIANTS[name].is_lvvit
-
-
-def token_settings(args):
-    """The `TokenSettings` of the flags; None if the model is no EViT."""
-    return None if args.base_keep_rate is None else settings_of(vars(args))

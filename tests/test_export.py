@@ -85,7 +85,7 @@ def test_options(options, tmp_path, capsys):
     floats = images.float() / 255
     model = main.build_model(main.parse_args(flags), 5).eval()
     model.load_state_dict(state)
-    preprocessing = main.input_of(main.parse_args(flags))[1]
+    preprocessing = main.input_of(main.parse_args(flags).model, pretrained=False)[1]
     mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in preprocessing[:2])
     if '--features' in options:
         model.reset_classifier(0)

@@ -57,10 +57,10 @@ def test_token_flags_make_an_evit(capsys):
 def test_images_of_pretrained_weights():
     """The sizes and statistics that timm's configuration of the weights gives."""
     args = parse_args(['--model', 'eva02_base_patch14_448', '--pretrained'])
-    assert args.input_size == 448 and main.input_of(args)[1].mean == (0.48145466, 0.4578275, 0.40821073)
+    assert args.input_size == 448 and main.input_of(args.model, args.pretrained)[1].mean == (0.48145466, 0.4578275, 0.40821073)
     args = parse_args(['--model', 'vit_base_patch16_224.orig_in21k', '--pretrained', '--input-size', '96'])
-    assert args.input_size == 96 and main.input_of(args)[1] == Preprocessing((0.5,) * 3, (0.5,) * 3, 'bicubic', 0.9)
-    assert main.input_of(parse_args([])) == (224, Preprocessing())
+    assert args.input_size == 96 and main.input_of(args.model, args.pretrained)[1] == Preprocessing((0.5,) * 3, (0.5,) * 3, 'bicubic', 0.9)
+    assert main.input_of(parse_args([]).model, pretrained=False) == (224, Preprocessing())
 
 
 @pytest.fixture(scope='module')
@@ -221,7 +221,7 @@ def test_flags_of_the_data_set(monkeypatch):
     monkeypatch.setattr(main, 'build_dataset',
                         lambda is_train, **options: calls.append((is_train, options)) or Digits(is_train))
     given['preprocessing'] = Preprocessing(mean=(0.1, 0.2, 0.3))
-    monkeypatch.setattr('runtime.model_factory.pretrained_input', lambda model: (224, given['preprocessing']))
+    monkeypatch.setattr('runtime.preprocessing.pretrained_input', lambda model: (224, given['preprocessing']))
     args = parse_args([*flags, '--device', 'cpu', '--output-dir', 'a', '--pretrained'])
     loaders = main.build_loaders(args, torch.device('cpu'))
     assert calls == [(True, given), (False, given)]

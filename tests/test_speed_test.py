@@ -232,7 +232,7 @@ def test_plotted_points(monkeypatch, tmp_path):
     rows = [row(f'{EVIT_SMALL}@0.8', 20., 79.8), row(f'{EVIT_SMALL}@0.7', 30., 79.5), row('resnet18', 50., None),
             row('deit_base_patch16_224', 10., 81.98), row('plain@0.7, float32', 29., 79.5),
             {'model': 'deit_tiny_patch16_224', 'top1': 72.19, 'failure': 'RuntimeError'}]
-    speed_test.plot(tmp_path / 'a.png', rows, 'title')
+    speed_test.plot_throughput(tmp_path / 'a.png', rows, 'title')
     (axes, labels), = drawn
     assert labels == [('0.7', 30., 79.5), ('0.8', 20., 79.8), ('deit_base', 10., 81.98)]
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[30., 79.5], [20., 79.8]], [[10., 81.98]]]

@@ -80,7 +80,7 @@ def test_sizes(size, parameters, factor):
     model = timm.create_model(f'lvvit_{size}_shrink_base')
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=2e-3)
     assert (getattr(model.blocks[0].ls1, 'factor', 1), model.token_settings.base_keep_rate) == (1 / factor, 0.7)
-    preprocessing = main.input_of(main.parse_args(['--model', f'lvvit_{size}']))[1]
+    preprocessing = main.input_of(f'lvvit_{size}', pretrained=False)[1]
     assert preprocessing.crop_pct == (1. if size == 'm' else 0.9)
 
 
