@@ -416,7 +416,7 @@ def test_speed_and_masks(digits_run, tmp_path, capsys, short_windows):
     assert line['speed_images_per_second'] > 0 and 0 < line['speed_gmacs'] < 1
     main.main(parse_args([*flags, '--visualize_mask', '--n_visualization', '5', '--batch-size', '2']))
     assert sorted(path.name for path in tmp_path.glob('*.jpg')) == sorted(
-        f'img_{i}_{stage}.jpg' for i in range(5) for stage in ('a', 'l0', 'l1', 'l2'))
+        f'img_{i}_{stage}.jpg' for i in range(5) for stage in ('a', 'block1', 'block2', 'block3'))
     assert sorted(path.name for path in tmp_path.glob('*.png')) == ['attention.png', 'grid.png']
     assert 'on the 5 test images' in capsys.readouterr().out
 
@@ -430,7 +430,7 @@ def test_pictures_by_one_and_two_processes(image_folder, tmp_path, capsys):
     assert accuracy_lines(done.stdout) == accuracy_lines(printed) and 'on the 7 test images' in printed
     names = sorted(path.name for path in (tmp_path / '0').iterdir())
     assert names == sorted(['grid.png', 'attention.png', *(
-        f'img_{i}_{stage}.jpg' for i in range(7) for stage in ('a', 'l0', 'l1', 'l2'))])
+        f'img_{i}_{stage}.jpg' for i in range(7) for stage in ('a', 'block1', 'block2', 'block3'))])
     assert names == sorted(path.name for path in (tmp_path / '2').iterdir())
     for name in names:
         assert (open_picture(tmp_path / '0' / name) - open_picture(tmp_path / '2' / name)).abs().float().mean() < 1
