@@ -7,8 +7,8 @@ import operator
 from evit.reorganization import SCORES, WAYS
 
 
-TOKEN_FLAGS = ('base_keep_rate', 'drop_loc', 'keep_schedule', 'token_counts', 'fuse_token', 'merge_token', 'token_way',
-               'token_score')
+TOKEN_FLAGS = dict.fromkeys(('base_keep_rate', 'drop_loc', 'keep_schedule', 'token_counts', 'fuse_token', 'merge_token',
+                             'token_way', 'token_score')).keys()            # an ordered set
 
 
 @dataclasses.dataclass(frozen=True)
