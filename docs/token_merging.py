@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curve as program
 from engine import evaluate
-from evit.reorganization import size_bias
+from evit.merging import size_bias
 from measuring.benchmark import macs, paired_throughput
 from models_evit import EViT, to_evit
 from runtime.failures import exit_failed
