@@ -1,4 +1,4 @@
-"""Checkpoints: write, find, read and load them, for resuming, finetuning and evaluating."""
+"""Checkpoints: write, find and load them, for resuming, finetuning and evaluating."""
 import argparse
 import contextlib
 import inspect
@@ -7,24 +7,18 @@ import math
 import os
 import shutil
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import safetensors.torch
 import timm
 import torch
-from timm.models import clean_state_dict
 
 from runtime.distributed import all_reduce, log, rank
 from evit.position_embedding import antialiases
+from runtime.reading import DamagedCheckpoint, load_checkpoint
 from runtime.utils import InputError, atomic_write, one_line, open_durably
 
 NEWEST, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
-
-
-class DamagedCheckpoint(InputError):
-    """A file that is not, or no longer, a checkpoint."""
 
 
 # --- Write ----------------------------------------------------------------------------------------------------------
@@ -177,77 +171,7 @@ def newest_checkpoint(folder, device):
     return str(Path(folder) / names[choice - 1]) if choice else ''
 
 
-# --- Read -----------------------------------------------------------------------------------------------------------
-
-WEIGHTS = 'model', 'state_dict', 'model_ema', 'state_dict_ema'             # our names and those of timm's scripts
-
-
-def load_checkpoint(source):
-    """Read a checkpoint from a file or an https address to the CPU, without running code that it may contain.
-
-    Checkpoints of the original code contain an argparse.Namespace, the only class allowed beside tensors and
-    containers.
-
-    Returns:
-        The checkpoint, a dict with the key 'model'; a state dict, bare or under a usual name, is put under that key.
-    Raises:
-        InputError: the file does not exist or cannot be read; DamagedCheckpoint: it is no checkpoint.
-    """
-    if not source.startswith('https://') and not os.path.isfile(source):
-        raise InputError(f'checkpoint {source} does not exist')
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if source.startswith('https://'):
-                checkpoint = torch.hub.load_state_dict_from_url(source, map_location='cpu', check_hash=True,
-                                                                weights_only=True)
-            else:
-                data = Path(source).read_bytes()
-                if source.endswith('.safetensors'):
-                    checkpoint = safetensors.torch.load(data)
-                else:
-                    file = io.BytesIO(data)
-                    check_records(file, source)
-                    checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-    except (OSError, MemoryError) as error:
-        raise InputError(f'checkpoint {source} cannot be read: {error or "out of memory"}') from None
-    except DamagedCheckpoint:
-        raise
-    except Exception:
-        # Bytes that are no checkpoint raise anything. torch's own message recommends to switch the protection off
-        raise DamagedCheckpoint(
-            f'{source} is not a checkpoint: it is no file of torch.save, is cut short or damaged, or holds more '
-            'than tensors and plain values, which is not loaded because it could run code') from None
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    found = {name: checkpoint[name] for name in WEIGHTS if is_state_dict(checkpoint.get(name))}
-    others = {name: value for name, value in checkpoint.items() if name not in WEIGHTS}
-    if not found and is_state_dict(checkpoint):        # a bare one
-        found, others = {'model': checkpoint}, {}
-    if not found:
-        raise DamagedCheckpoint(f'{source} is not a checkpoint: it holds no state dict of a model')
-    average = found.get('model_ema') or found.get('state_dict_ema')
-    weights = {'model': found.get('model') or found.get('state_dict') or average, 'model_ema': average}
-    # Without the prefixes of DDP and torch.compile
-    return others | {name: clean_state_dict(state) for name, state in weights.items() if state}
-
-
-def is_state_dict(value):
-    return isinstance(value, dict) and bool(value) and all(
-        isinstance(key, str) and isinstance(part, torch.Tensor) for key, part in value.items())
-
-
-def check_records(file, source):
-    """Raise DamagedCheckpoint if a record of a torch.save archive does not match its CRC-32.
-
-    torch.load does not check them. A record that is marked as a directory, by one bit, would be read as uninitialised
-    memory.
-    """
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip() or any(record.external_attr & 0x10 and not record.is_dir()
-                                        for record in archive.infolist()):
-                raise DamagedCheckpoint(f'checkpoint {source} is damaged: a record does not match its checksum')
-    file.seek(0)
-
+# --- Resume -----------------------------------------------------------------------------------------------------------
 
 def load_run(source, settings, evaluates_only):
     """Read a checkpoint to resume or evaluate; report settings that differ from those it was trained with.
