@@ -152,7 +152,7 @@ def harmless_classes():
     """
     classes = [(one, f'{one.__module__}.{one.__qualname__}') for one in (
         argparse.Namespace, types.SimpleNamespace, datetime.date, datetime.datetime, datetime.timedelta,
-        list, dict, tuple, frozenset, int, float, bool, str)]
+        datetime.timezone, list, dict, tuple, frozenset, range, slice, int, float, bool, str, bytes)]
     classes += [(lambda *_: {}, 'collections.defaultdict'), (lambda *_: [], 'collections.deque')]
     for module in 'pathlib', 'pathlib._local':
         classes += [(pathlib.PurePosixPath, f'{module}.{name}') for name in ('PosixPath', 'PurePosixPath')]

@@ -1,7 +1,15 @@
+import argparse
+import collections
+import datetime
 import hashlib
+import http
 import io
+import os
+import pathlib
+import types
 import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -120,3 +128,67 @@ def test_formats_by_their_content(tmp_path, internet):
             assert weight(tmp_path / f'{i}.{suffix}') == 5
         internet[f'https://a/{i}?download=true'] = data
         assert weight(f'https://a/{i}?download=true') == 5
+
+
+# --- What is beside the weights -------------------------------------------------------------------------------------
+
+BESIDE = {
+    'numpy scalars': [np.float64(81.5), np.int32(7), np.bool_(True), np.complex64(1 + 2j), np.str_('deit')],
+    'numpy arrays': [np.arange(6.).reshape(2, 3), np.asfortranarray(np.ones((2, 3))), np.arange(3, dtype='>i4'),
+                     np.zeros((0, 3)), np.array(['a', 'bc']), np.random.RandomState(0).get_state()[1]],
+    'collections': [collections.defaultdict(list, a=[1]), collections.OrderedDict(a=1), collections.Counter('aab'),
+                    frozenset([1, 2]), {1, 2}, argparse.Namespace(lr=np.float32(0.5)), types.SimpleNamespace(a=1)],
+    'paths': [pathlib.PurePosixPath('/runs/a'), pathlib.PureWindowsPath('C:/runs')],
+    'dates': [datetime.datetime(2026, 11, 27, tzinfo=datetime.timezone.utc), datetime.date(2026, 11, 27),
+              datetime.timedelta(1)],
+    'plain values': [b'', b'a', bytearray(b'a'), range(3), slice(1, 2), 1j, 10 ** 30, float]}
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('kind', BESIDE)
+def test_harmless_values_beside_the_weights(kind, zipped, tmp_path):
+    state = {'model': {'w': torch.ones(1)}, 'beside': BESIDE[kind]}
+    torch.save(state, tmp_path / 'a.pth', _use_new_zipfile_serialization=zipped)
+    for found, value in zip(load_checkpoint(str(tmp_path / 'a.pth'))['beside'], BESIDE[kind], strict=True):
+        np.testing.assert_array_equal(found, value)
+        assert np.asarray(found).dtype.str[1:] == np.asarray(value).dtype.str[1:]                # but for the byte order
+
+
+def test_paths_and_queues(tmp_path):
+    torch.save({'model': {'w': torch.ones(1)}, 'path': pathlib.Path('a/b'), 'queue': collections.deque([1, 2], 5)},
+               tmp_path / 'a.pth')
+    found = load_checkpoint(str(tmp_path / 'a.pth'))
+    assert (str(found['path']), found['queue']) == ('a/b', [1, 2])
+
+
+@pytest.mark.parametrize('value, name', [
+    (np.random.default_rng(0), 'numpy.random'), (http.HTTPStatus.OK, 'http.HTTPStatus'),
+    (np.array([None]), 'numpy.object'), (np.zeros(2, 'i4,f4'), 'numpy.void'), (torch.nn.GELU(), 'GELU'),
+    (print, 'print'), (os.system, 'system')], ids=str)
+def test_refused_classes_are_named(value, name, tmp_path):
+    torch.save({'model': {'w': torch.ones(1)}, 'beside': value}, tmp_path / 'a.pth')
+    with pytest.raises(DamagedCheckpoint, match=f'it holds .*{name}.*save the weights alone') as error:
+        load_checkpoint(str(tmp_path / 'a.pth'))
+    assert '\n' not in str(error.value)
+
+
+def test_crafted_array(tmp_path):
+    """The pickled state of numpy's own dtype could make objects of arbitrary bytes; the stand-in ignores it."""
+    reduce, arguments, state = np.arange(2, dtype='u8').__reduce__()
+
+    class Array:
+        def __reduce__(self):
+            return reduce, arguments, (1, (2,), Dtype(), False, bytes(16))
+
+    class Dtype:
+        def __reduce__(self):
+            return np.dtype, ('u8',), (3, '<', None, None, None, 8, 8, 63)
+
+    torch.save({'model': {'w': torch.ones(1)}, 'beside': Array()}, tmp_path / 'a.pth')
+    found = load_checkpoint(str(tmp_path / 'a.pth'))['beside']
+    assert found.tolist() == [0, 0] and not found.dtype.hasobject
+    for state in ((1, (10 ** 6,), Dtype(), False, bytes(16)), (1, (2,), 3, False, bytes(16)), (1, (2,))):
+        Array.__reduce__ = lambda self, state=state: (reduce, arguments, state)
+        torch.save({'model': {'w': torch.ones(1)}, 'beside': Array()}, tmp_path / 'a.pth')
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(str(tmp_path / 'a.pth'))
