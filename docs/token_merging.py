@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as program
 from measuring.benchmark import macs, paired_throughput
-from runtime.checkpoint import load_checkpoint, load_weights
+from runtime.checkpoint import check_classes, load_checkpoint, load_weights
 from curve import with_way
 from engine import evaluate
 from runtime.failures import exit_failed
@@ -95,7 +95,9 @@ def main():
     device = torch.device(args.device)
     loader = program.build_loaders(args, device)[1]
     model = program.build_model(args, len(loader.dataset.classes))
-    load_weights(model, load_checkpoint(args.resume)['model'], args.resume)
+    checkpoint = load_checkpoint(args.resume)
+    check_classes(checkpoint, loader.dataset, args.resume)
+    load_weights(model, checkpoint['model'], args.resume)
     if not isinstance(model, EViT):
         raise InputError(f'{args.model} is no VisionTransformer of timm, which alone is served here')
     model, amp_dtype = with_way(model.to(device).eval(), 'merge'), choose_amp_dtype(args.amp_dtype, device)

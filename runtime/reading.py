@@ -166,15 +166,25 @@ def harmless_classes():
 # --- From a checkpoint ----------------------------------------------------------------------------------------------
 
 WEIGHTS = 'model', 'state_dict', 'model_ema', 'state_dict_ema'             # our names and those of timm's scripts
+OTHER_WEIGHTS = 'module', 'teacher'                                        # of DeepSpeed (EVA-02), and of DINO
 
 
 def find_weights(checkpoint, source):
     """What `load_checkpoint` returns, of what was read from a file."""
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    found = {name: checkpoint[name] for name in WEIGHTS if is_state_dict(checkpoint.get(name))}
-    others = {name: value for name, value in checkpoint.items() if name not in WEIGHTS}
+    states = {name: value for name, value in checkpoint.items() if is_state_dict(value)}
+    found = {name: states[name] for name in WEIGHTS if name in states}
+    others = {name: value for name, value in checkpoint.items() if name not in (WEIGHTS if found else states)}
     if not found and is_state_dict(checkpoint):        # a bare one
         found, others = {'model': checkpoint}, {}
+    elif not found and states:
+        name = next((name for name in OTHER_WEIGHTS if name in states), next(iter(states)))
+        if name not in OTHER_WEIGHTS and len(states) > 1:
+            raise DamagedCheckpoint(f'{source} holds several state dicts, {", ".join(map(str, states))}; save the one '
+                                    "to take as {'model': …}")
+        log(f'{source}: the weights under {name} are taken' + ''.join(
+            f', those under {other} left out' for other in states if other != name))
+        found = {'model': states[name]}
     if not found:
         raise DamagedCheckpoint(f'{source} is not a checkpoint: it holds no state dict of a model')
     average = found.get('model_ema') or found.get('state_dict_ema')
