@@ -184,6 +184,43 @@ def test_neighbours_of_other_classes(image_folder, tmp_path):
                               '--data-path', str(tmp_path / 'data'), '--output_dir', str(tmp_path)]))
 
 
+@pytest.mark.parametrize('k', [1, 3])
+def test_top5_of_few_neighbours(k, model, tmp_path):
+    """At most k classes get votes; the others are no answers, though there are fewer than five."""
+    neighbours, rows = Neighbours(k, False), plan_rows([0.5], ['drop'])
+    evaluation = Evaluation(model, rows, tmp_path / 'curve.json', {}, CPU, torch.float32, neighbours=neighbours)
+    neighbours.fill(evaluation.models, [(row.way, row.rate) for row in rows], loader(True), 10, CPU, torch.float32)
+    evaluation.run(loader())
+    correct = {row.way: torch.zeros(2) for row in rows}
+    for images, labels in loader():
+        for row in rows:
+            votes = evaluation.classify(images, row.way, row.rate)
+            assert (votes > -math.inf).sum(dim=1).max() <= k
+            for vote, label in zip(votes, labels):
+                answers = [i for i in vote.argsort(descending=True)[:5].tolist() if vote[i] > -math.inf]
+                correct[row.way] += torch.tensor([float(answers[0] == label), float(label in answers)])
+    for row in rows:
+        assert row.sums[:2] == correct[row.way].tolist() and (k > 1 or row.sums[0] == row.sums[1])
+        assert math.isfinite(row.sums[2])
+
+
+def test_classes_of_the_checkpoint(image_folder, tmp_path, monkeypatch, short_windows):
+    """Other names of the classes are an error in each mode that uses the head; the neighbours' names are the data's."""
+    state = {'model': main.build_model(parse_args(PLAIN), 3).state_dict(), 'classes': ['c0', 'green', 'red']}
+    torch.save(state, tmp_path / 'a.pth')
+    flags = [*PLAIN, '--data-path', str(image_folder), '--resume', str(tmp_path / 'a.pth'), '--batch-size', '2',
+             '--output_dir', str(tmp_path / 'run')]
+    for mode in ['--eval'], ['--eval', '--keep-rates', '0.5'], ['--visualize-mask'], []:
+        with pytest.raises(InputError, match='c0 is in the checkpoint only, blue is in the data only'):
+            main.main(parse_args([*flags, *mode]))
+        assert not (tmp_path / 'run').exists()
+    main.main(parse_args([*flags, '--eval', '--knn', '5']))
+    state = {'model': main.build_model(parse_args(PLAIN), 7).state_dict(), 'classes': list('abcdefg')}
+    torch.save(state, tmp_path / 'a.pth')              # whose head has another size, too
+    main.main(parse_args([*flags[:-1], str(tmp_path / 'other'), '--eval', '--knn', '5']))
+    assert (tmp_path / 'other' / 'curve.csv').exists()
+
+
 def test_default_rates_of_neighbours():
     flags = ['--eval', '--resume', 'x', '--knn', '5']
     for given, rates in (([], [0.7]), (['--model', 'deit_small_patch16_224_shrink05'], [0.5]),
