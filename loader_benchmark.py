@@ -20,11 +20,11 @@ import torchvision
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 
 from runtime.arguments import ArgumentParser, positive, timm_model
 from measuring.benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
 from datasets import SeededDataset, build_dataset, build_loader
+from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
 from samplers import EvalSampler, TrainSampler
 from runtime.preprocessing import Preprocessing, pretrained_input

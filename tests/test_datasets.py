@@ -70,6 +70,22 @@ def test_inaturalist(inat):
         INaturalist(inat, True, 2019)
 
 
+def test_inaturalist_as_its_archive_unpacks(inat):
+    """Images are in a folder of their supercategory. The first image decides, and is looked for once."""
+    flattened = INaturalist(inat, True, 2018).samples
+    (inat / 'train_val2018' / 'Birds').mkdir()
+    for folder in '3', '5', '7':
+        (inat / 'train_val2018' / folder).rename(inat / 'train_val2018' / 'Birds' / folder)
+    train = INaturalist(inat, True, 2018)
+    assert [path.relative_to(inat / 'train_val2018').parts for path, _ in train.samples] == [
+        ('Birds', '7', '0.jpg'), ('Birds', '3', '1.jpg'), ('Birds', '5', '2.jpg'), ('Birds', '7', '3.jpg')]
+    assert [label for _, label in flattened] == train.targets == [0, 1, 2, 0]
+    assert [round(train[i][0].getpixel((0, 0))[0] / 10) for i in range(4)] == [7, 3, 5, 7]
+    (inat / 'train_val2018' / 'Birds').rename(inat / 'train_val2018' / 'Bees')
+    with pytest.raises(InputError, match='neither train_val2018/Birds/7/0.jpg nor train_val2018/7/0.jpg'):
+        INaturalist(inat, True, 2018)
+
+
 def test_image_folder(image_folder):
     train, val = (build_dataset(is_train, data_set='IMNET', data_path=image_folder, input_size=32)
                   for is_train in (True, False))
