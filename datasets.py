@@ -17,11 +17,43 @@ from torchvision.transforms.v2 import functional as F
 from formats.decoding import decode_picture, decode_pixels, load_image
 from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
+from runtime.arguments import natural, positive
+from runtime.distributed import cores_per_process
 from runtime.preprocessing import Preprocessing
 from runtime.utils import InputError, seed_all
 
 DIGITS = 'DIGITS', 'BOARD_DIGITS'
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
+
+
+DATA_FLAGS = 'data_set', 'data_path', 'use_lmdb', 'nb_classes', 'inat_category'
+
+
+def add_data_arguments(parser):
+    """Add the flags that name the data set; → their group."""
+    group = parser.add_argument_group('data')
+    add = group.add_argument
+    add('--data-path', help='folder of the data set')
+    add('--data-set', choices=[*DIGITS, 'IMNET', 'CIFAR', 'INAT', 'INAT19'],
+        help='default: IMNET (train/<class>/<image>, val/…) with --data-path, else DIGITS')
+    add('--use-lmdb', action='store_true', help='read train.lmdb and val.lmdb instead of folders')
+    add('--nb-classes', type=positive(int), default=1000,
+        help='number of classes of an LMDB database of the original code, which does not store it')
+    add('--inat-category', default='name', choices=INAT_CATEGORIES, help='rank that makes a class')
+    add('--num-workers', type=natural, default=cores_per_process(), help='processes that load data, for each process')
+    return group
+
+
+def fill_data_arguments(args, parser, needs_path=True):
+    """Complete the flags of `add_data_arguments`, and end the program with an error if they do not go together."""
+    if args.data_set is None:
+        args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
+    if args.data_set in DIGITS and args.data_path is not None:
+        parser.error(f'--data-set {args.data_set} takes no --data-path')
+    if needs_path and args.data_set not in DIGITS and not args.data_path:
+        parser.error(f'--data-set {args.data_set} needs --data-path')
+    if args.use_lmdb and args.data_set != 'IMNET':
+        parser.error('--use-lmdb goes with --data-set IMNET and --data-path')
 
 
 # --- Data sets ------------------------------------------------------------------------------------------------------
@@ -39,7 +71,8 @@ class Digits(Dataset):
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, train, transform=None, on_board=False):
-        from sklearn.datasets import load_digits       # a second or more, which other data sets need not wait
+        from sklearn.datasets import \
+            load_digits  # a second or more, which other data sets need not wait
         digits = load_digits()
         order = np.random.RandomState(0).permutation(len(digits.target))    # the scans are ordered by writer
         indices = order[:1437] if train else order[1437:]

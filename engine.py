@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from evit.eval_mode import eval_mode
+from measuring.accuracy import count_correct
 from runtime.compiled_model import CompiledModel
 from runtime.distributed import all_reduce, broadcast, log, rank, share_buffers
 from runtime.logger import Progress
@@ -58,7 +59,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
     for step, (images, labels, *token_labels) in enumerate(loader, start=progress.step):
         # For erasing, mixup, MixToken, dropout, drop path. The 1 keeps these keys apart from those of TrainSampler
         seed_all(seed, epoch, step, 1 + rank())
-        images, labels, mixed = augment(images, labels, token_labels, erase, mixup, token_labeling)
+        images, labels, options = augment(images, labels, token_labels, erase, mixup, token_labeling)
         rate = {} if keep_rate is None else {'keep_rate': keep_rate(step)}
         first = step - step % accum_steps                                  # first batch of this update
         batches = min(accum_steps, len(loader) - first)
@@ -67,7 +68,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             buffers = [buffer.clone() for buffer in model.buffers()]
         with contextlib.nullcontext() if is_last or not hasattr(model, 'no_sync') else model.no_sync():
             with autocast(device, amp_dtype):
-                loss = criterion(images, model(images, **rate, **mixed), labels)
+                loss = criterion(images, model(images, **rate, **options), labels)
             skips |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
             if not skips:
                 scaler.scale(loss / batches).backward()
@@ -122,20 +123,6 @@ def check_weights(model, title):
                                  'try a lower --lr, --clip-grad, or --amp-dtype float32')
 
 
-def count(logits, labels, loss):
-    """The sums of a batch: right at 1, right at 5, loss, images → float64 (4,).
-
-    Args:
-        logits: (B, C); -inf for a class that is not among the answers, even if there are fewer than 5.
-        labels: (B,).
-        loss: their mean loss.
-    """
-    values, classes = logits.topk(min(5, logits.shape[1]), dim=1)
-    correct = (classes == labels.unsqueeze(1)) & (values != -math.inf)
-    loss = loss.double() * len(labels)
-    return torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss, torch.full_like(loss, len(labels))])
-
-
 @torch.no_grad()
 def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False, print_freq=50, after_batch=None,
              average=None):
@@ -152,7 +139,7 @@ def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False,
     """
     models = {'': model} if average is None else {'': model, 'ema_': average}
     runs = [CompiledModel(one, device) if compiled else one for one in models.values()]
-    totals = torch.zeros(len(runs), 4, dtype=torch.float64, device=device)             # of each, see `count`
+    totals = torch.zeros(len(runs), 4, dtype=torch.float64, device=device)             # of each, see `count_correct`
     progress = Progress('Test:', len(loader), print_freq, device)
     if sharded:
         for one in models.values():
@@ -165,7 +152,7 @@ def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False,
                 with autocast(device, amp_dtype):
                     logits = run(images).float()                           # (B, C)
                 losses.append(F.cross_entropy(logits, labels))
-                sums += count(logits, labels, losses[-1])
+                sums += count_correct(logits, labels, losses[-1])
             progress.add_batch(losses[0], len(images))
             if after_batch is not None and progress.step <= common_batches:
                 after_batch()

@@ -5,7 +5,6 @@
 The flags of the model are those of main.py; what is not given is read from the checkpoint. The file is compared with
 the model before it gets its name. docs/export.md shows how to use it.
 """
-import argparse
 import copy
 import json
 import os
@@ -17,16 +16,16 @@ import timm
 import torch
 import torch.nn as nn
 
-from runtime.arguments import ArgumentParser, HelpFormatter, block_numbers, positive, with_dashes
-from runtime.checkpoint import load_checkpoint, load_weights
-from runtime.compiled_model import check_compiler
 from datasets import DIGITS
+from evit.reorganization import patches_after
+from evit.settings import TokenSettings
+from runtime.arguments import ArgumentParser, HelpFormatter, positive, with_dashes
+from runtime.checkpoint import load_checkpoint, load_weights, trained_flags
+from runtime.compiled_model import check_compiler
 from runtime.distributed import cuda_device, parse_device
 from runtime.failures import exit_failed
-from runtime.model_factory import (SCHEDULE_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
-                           token_settings)
-from evit.reorganization import patches_after
-from runtime.preprocessing import Preprocessing
+from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments
+from runtime.preprocessing import Preprocessing, input_of
 from runtime.utils import InputError, one_line
 
 SUFFIXES = {'onnx': '.onnx', 'pt2': '.pt2', 'aoti': '.pt2'}
@@ -38,7 +37,6 @@ TOLERANCE = {'float32': 1e-4, 'float16': 1e-2, 'bfloat16': 1e-1, 'int8': 2e-1}  
 def get_args_parser():
     parser = ArgumentParser(description='EViT: export', allow_abbrev=False, formatter_class=HelpFormatter)
     _, model = add_model_arguments(parser)
-    model.set_defaults(model=None)
     add = model.add_argument
     add('--resume', metavar='CHECKPOINT', help='file or https address of the weights')
     add('--ema', action='store_true', help='take the moving average of the weights')
@@ -70,32 +68,12 @@ def parse_args(argv):
         if wrong:
             parser.error(message)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    take_over(args, (checkpoint or {}).get('args') or {})
-    fill_model_arguments(args, parser)
+    trained = trained_flags(checkpoint or {})
+    fill_model_arguments(args, parser, trained)
+    args.is_digits = trained.get('data_set') in DIGITS
     if args.kept and args.base_keep_rate is None:
         parser.error(f'--kept: {args.model} does not reorganise tokens')
     return args, checkpoint
-
-
-def take_over(args, trained):
-    """Fill flags that were not given with those of a checkpoint, a dict or a Namespace of the original code."""
-    trained = dict(vars(trained)) if isinstance(trained, argparse.Namespace) else dict(trained)
-    args.is_digits = trained.get('data_set') in DIGITS
-    if isinstance(trained.get('drop_loc'), str):
-        trained['drop_loc'] = block_numbers(trained['drop_loc'])
-    names = ['model', 'pretrained', 'model_kwargs', 'input_size']
-    if args.fuse_token is None and args.merge_token is None:
-        names += ['fuse_token', 'merge_token']
-    schedule = [*SCHEDULE_DEFAULTS]
-    if trained.get('token_counts') and not any(getattr(args, name) is not None for name in schedule):
-        names.append('token_counts')
-    elif not args.token_counts:
-        names += schedule
-    for name in names:
-        if not getattr(args, name):
-            setattr(args, name, trained.get(name))
-    args.model = args.model or 'deit_small_patch16_shrink_base'
-    args.model_kwargs = args.model_kwargs or {}
 
 
 # --- The model ------------------------------------------------------------------------------------------------------
@@ -151,7 +129,7 @@ def build(args, checkpoint):
         if not weights:
             raise InputError(f'--ema: {args.resume} has no moving average')
         num_classes = len(weights.get(f'{classifier}.weight', ()))
-    model = create_model(args.model, pretrained=not weights, input_size=args.input_size, tokens=token_settings(args),
+    model = create_model(args.model, pretrained=not weights, input_size=args.input_size, tokens=TokenSettings.of_flags(vars(args)),
                          model_kwargs=args.model_kwargs, num_classes=num_classes)
     if weights:
         load_weights(model, weights, args.resume)
@@ -331,7 +309,7 @@ def main(argv):
         device = cuda_device(device, in_group=False)
     if args.format == 'aoti':
         check_compiler(device)
-    preprocessing = input_of(args)[1]
+    preprocessing = input_of(args.model, args.pretrained)[1]
     if args.is_digits:
         preprocessing = preprocessing._replace(crop_pct=1.)                # they are never cropped
     quantized = args.dtype == 'int8'                   # by onnxruntime

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 import lmdb
 from tqdm import tqdm
 
-from runtime.arguments import ArgumentParser, positive
 from formats.decoding import load_image
 from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB, empty_record, encode_tables, image_key, open_database
+from runtime.arguments import ArgumentParser, positive
 from runtime.utils import DataError, InputError, atomic_write, one_line
 
 __all__ = ['ImageFolderLMDB', 'convert', 'verify']     # ImageFolderLMDB: imported from here by older code

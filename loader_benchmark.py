@@ -21,14 +21,14 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 
-from runtime.arguments import ArgumentParser, positive, timm_model
-from measuring.benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
 from datasets import SeededDataset, build_dataset, build_loader
 from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
-from samplers import EvalSampler, TrainSampler
+from measuring.benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
+from runtime.arguments import ArgumentParser, positive, timm_model
 from runtime.preprocessing import Preprocessing, pretrained_input
 from runtime.utils import InputError, choose_kernels, one_line
+from samplers import EvalSampler, TrainSampler
 
 # The training transform of DeiT (Touvron et al., 2021, table 9)
 AUGMENTATION = dict(color_jitter=0.4, aa='rand-m9-mstd0.5-inc1')

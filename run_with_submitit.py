@@ -13,7 +13,7 @@ except ImportError:                                    # run() reports it
     submitit = None
 
 import main
-from runtime.arguments import count, positive
+from runtime.arguments import natural, positive
 from runtime.utils import one_line
 
 CODE = Path(__file__).resolve().parent
@@ -28,7 +28,7 @@ def get_args_parser(folder='that of the job'):
     parser.description = 'EViT: training and evaluation as a job of Slurm'
     parser.set_defaults(output_dir=folder, num_workers=10)                 # of a node, not of this machine
     add = parser.add_argument_group('job').add_argument
-    add('--ngpus', type=count, default=8, help='GPUs and processes per node; 0: one process per node on the CPU')
+    add('--ngpus', type=natural, default=8, help='GPUs and processes per node; 0: one process per node on the CPU')
     add('--nodes', type=positive(int), default=1, help='number of nodes')
     add('--timeout', type=positive(int), default=2880, help='time limit in minutes, after which the job is requeued')
     add('--job-dir', default='runs/submitit/%j',

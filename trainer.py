@@ -11,14 +11,14 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
+from engine import check_weights, keep_rate_at, train_one_epoch
+from evit.pictures import draw_sheets
 from runtime.checkpoint import CheckpointWriter, load_weights
 from runtime.compiled_model import CompiledModel
 from runtime.distributed import StopSignal, Stopped, leave_process_group, log, rank, world_size
-from engine import check_weights, keep_rate_at, train_one_epoch
 from runtime.failures import Failures
 from runtime.logger import RunLog, make_output_folder
 from runtime.utils import InputError, autocast
-from evit.pictures import draw_sheets
 
 # What the flags set in an optimizer, and what the scheduler of --sched plateau has found out
 HYPERPARAMETERS = {'lr', 'initial_lr', 'max_lr_snapshot', 'weight_decay', 'betas', 'beta1', 'betas_1d', 'eps',

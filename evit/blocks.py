@@ -8,27 +8,25 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from evit.reorganization import (Reorganization, class_attention, merge_tokens, num_kept, reorganize_tokens,
-                                 size_bias)
-
+from evit.reorganization import SCORES, WAYS, Reorganization, size_bias
+from evit.settings import num_kept
 
 # --- Attention ------------------------------------------------------------------------------------------------------
 
 class ScoringAttention:
-    """Mixin for an attention of timm, which then also returns the class token's attention to each token.
+    """Mixin for an attention of timm, which then also returns the scores that rank the tokens.
 
-    Modifications: with `return_scores`, it always uses scaled_dot_product_attention, and computes the class token's row
-    of the attention in addition, never the (N, N) matrix.
+    Modifications: with `score`, it always uses scaled_dot_product_attention, and never forms the (N, N) matrix.
     """
 
-    def forward(self, x, return_scores=False, attn_mask=None, **kwargs):
-        """(B, N, C) → (B, N, C), and with `return_scores` the class token's attention (B, N), after any rotation."""
-        if not return_scores:
+    def forward(self, x, score=None, attn_mask=None, **kwargs):
+        """(B, N, C) → (B, N, C), and with `score`, a function of `SCORES`, the scores (B, N), after any rotation."""
+        if score is None:
             return super().forward(x, attn_mask=attn_mask, **kwargs)
         q, k, v = self.project(x, **kwargs)                                            # (B, H, N, D) each
         x = F.scaled_dot_product_attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.)
         x = self.norm(x.transpose(1, 2).flatten(2))                                    # (B, N, C)
-        return self.proj_drop(self.proj(x)), class_attention(q, k, self.scale, attn_mask)
+        return self.proj_drop(self.proj(x)), score(q, k, v, self.scale, attn_mask)
 
     def project(self, x, rope=None):
         """(B, N, C) → queries, keys and values, (B, H, N, D) each; `rope` rotates queries and keys of the patches."""
@@ -97,49 +95,52 @@ class EViTMlp(Mlp):
 class ReorganizingBlock:
     """Mixin for a block of timm, which can then reorganise its tokens between attention and MLP.
 
-    Modifications: `keep_rate`, `fuse_token`, `merge_token` and `num_prefix_tokens`, which `to_evit` sets. Prefix tokens
-    (class, distillation, registers) are protected: they are never dropped, fused or merged. A block that keeps all
-    tokens runs timm's own forward.
+    Modifications: `keep_rate`, `token_settings` and `num_prefix_tokens`, which `to_evit` sets. Prefix tokens (class,
+    distillation, registers) are protected: they are never dropped, fused or merged. A block that keeps all tokens runs
+    timm's own forward.
     """
 
-    def forward(self, x, keep_rate=None, tokens=None, sizes=None, get_idx=False, get_tokens=False, **kwargs):
+    def forward(self, x, keep_rate=None, k=None, sizes=None, get_idx=False, get_tokens=False, get_scores=False,
+                **kwargs):
         """(B, P + N, C) → (B, P + k [+ 1], C) with P protected tokens.
 
         Args:
             keep_rate: fraction of the N tokens to keep; None for the block's own rate.
-            tokens: number of tokens k to keep, instead of a rate.
+            k: number of tokens to keep, instead of a rate.
             sizes: (B, N), how many patches each token stands for, if they were merged (proportional attention).
             get_idx: also return the `Reorganization`, None if all tokens were kept.
             get_tokens: with the tokens from which k were kept.
+            get_scores: with their scores, also if all tokens were kept.
             kwargs: what the attention takes, such as `rope`.
         """
-        num_prefix = self.num_prefix_tokens
-        num_tokens, result = x.shape[1] - num_prefix, None
-        k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate) if tokens is None else tokens
+        settings, num_prefix = self.token_settings, self.num_prefix_tokens
+        num_tokens, done = x.shape[1] - num_prefix, None
+        if k is None:
+            k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate)
         if sizes is not None:
             kwargs['attn_mask'] = size_bias(sizes, num_prefix, x.dtype)
-        if k >= num_tokens:
+        if k >= num_tokens and not get_scores:
             x = super().forward(x, **kwargs)
         else:
-            x, scores = self.attend(x, **kwargs)
-            prefix, tokens = x.tensor_split([num_prefix], dim=1)
-            if self.merge_token:
-                kept, result = merge_tokens(tokens, scores[:, num_prefix:], k, sizes)
-            else:
-                kept, idx = reorganize_tokens(tokens, scores[:, num_prefix:], k, self.fuse_token)
-                result = Reorganization(idx)
-            if get_tokens:
-                result = result._replace(tokens=tokens)
-            x = self.feed_forward(torch.cat([prefix, kept], dim=1))
-        return (x, result) if get_idx else x
+            x, scores = self.attend(x, SCORES[settings.score], **kwargs)
+            scores = scores[:, num_prefix:]
+            done = Reorganization(sizes=sizes)
+            if k < num_tokens:
+                prefix, tokens = x.tensor_split([num_prefix], dim=1)
+                remaining, done = WAYS[settings.way].function(tokens, scores, k, sizes)
+                done = done._replace(tokens=tokens) if get_tokens else done
+                x = torch.cat([prefix, remaining], dim=1)
+            done = done._replace(scores=scores) if get_scores else done
+            x = self.feed_forward(x)
+        return (x, done) if get_idx else x
 
 
 class EViTBlock(ReorganizingBlock, Block):
     """The block of a `VisionTransformer`."""
 
-    def attend(self, x, **kwargs):
-        """Attention and its residual; → tokens (B, N, C), the class token's attention (B, N)."""
-        attn, scores = self.attn(self.norm1(x), return_scores=True, **kwargs)
+    def attend(self, x, score, **kwargs):
+        """Attention and its residual; → tokens (B, N, C), scores (B, N)."""
+        attn, scores = self.attn(self.norm1(x), score, **kwargs)
         return x + self.drop_path1(self.ls1(attn)), scores
 
     def feed_forward(self, x):
@@ -149,8 +150,8 @@ class EViTBlock(ReorganizingBlock, Block):
 class EViTEvaBlock(ReorganizingBlock, EvaBlock):
     """The block of an `Eva`."""
 
-    def attend(self, x, **kwargs):
-        attn, scores = self.attn(self.norm1(x), return_scores=True, **kwargs)
+    def attend(self, x, score, **kwargs):
+        attn, scores = self.attn(self.norm1(x), score, **kwargs)
         return x + self.drop_path1(attn if self.gamma_1 is None else self.gamma_1 * attn), scores
 
     def feed_forward(self, x):
@@ -161,8 +162,8 @@ class EViTEvaBlock(ReorganizingBlock, EvaBlock):
 class EViTEvaBlockPostNorm(ReorganizingBlock, EvaBlockPostNorm):
     """The block of an `Eva` that normalises after attention and MLP."""
 
-    def attend(self, x, **kwargs):
-        attn, scores = self.attn(x, return_scores=True, **kwargs)
+    def attend(self, x, score, **kwargs):
+        attn, scores = self.attn(x, score, **kwargs)
         return x + self.drop_path1(self.norm1(attn)), scores
 
     def feed_forward(self, x):

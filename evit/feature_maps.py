@@ -39,7 +39,7 @@ class FeatureMaps:
             if done is not None:
                 if output_fmt == 'NCHW':
                     grid = done.tokens if grid is None else place_tokens(done.tokens, patches, grid)       # (B, N, C)
-                patches, sizes = patches_after(patches, done.kept, num_patches), done.sizes
+                patches, sizes = patches_after(patches, done.idx, num_patches), done.sizes
             if i in take:
                 prefix, tokens = (self.norm(x) if norm else x).tensor_split([num_prefix_tokens], dim=1)
                 if output_fmt == 'NCHW':

@@ -1,49 +1,29 @@
 """The method of EViT as pure functions: which tokens a block keeps, and what becomes of the others."""
-import itertools
-import math
-import operator
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 
-def num_kept(num_tokens, keep_rate):
-    """How many of `num_tokens` tokens a block of rate `keep_rate` keeps: k = ceil(rate · N), at most N (§3.2)."""
-    return num_tokens if keep_rate >= 1 else math.ceil(keep_rate * num_tokens)
+class Reorganization(NamedTuple):
+    """What a block did with N tokens.
 
-
-def uniform_rate(depth, drop_loc, keep_rate):
-    """The rate that, in every block, leaves as many tokens over all blocks as `keep_rate` in the `drop_loc` blocks."""
-    def tokens_per_patch(rate, blocks):
-        shares = itertools.accumulate((rate if i in blocks else 1. for i in range(depth)), operator.mul)
-        return sum(shares)
-
-    target = tokens_per_patch(keep_rate, drop_loc)
-    low, high = 0., 1.
-    for _ in range(50):
-        rate = (low + high) / 2
-        low, high = (rate, high) if tokens_per_patch(rate, range(depth)) < target else (low, rate)
-    return round(high, 12)                             # without the last bits, which could keep one more token
-
-
-def rates_of_counts(counts, num_patches, num_prefix_tokens, fuse):
-    """The keep rate of each block that leaves `counts` tokens, prefix tokens and the fused one included.
-
-    A block with fewer tokens keeps them all. ValueError if one would keep none.
+    Attributes:
+        idx: (B, k), positions of the kept tokens; None if it kept all.
+        sizes: (B, k), how many patches each stands for; None unless the others were merged.
+        other_idx: (B, N − k), positions of the others; None unless they were merged.
+        nearest: (B, N − k), which of the k each of them joined.
+        tokens, scores: (B, N, C) and (B, N), the tokens themselves and what ranked them, if asked for.
     """
-    rates, num_tokens = [], num_patches
-    for count in counts:
-        k = count - num_prefix_tokens - fuse
-        if count - num_prefix_tokens >= num_tokens:
-            rates.append(1.)
-        elif k < 1:
-            raise ValueError(f'token_counts: {count} is too few, as {num_prefix_tokens + fuse} of them are no patches')
-        else:
-            rates.append((k - 1e-6) / num_tokens)      # `num_kept` rounds up to k
-            num_tokens = k + fuse
-    return rates
+    idx: torch.Tensor = None
+    sizes: torch.Tensor = None
+    other_idx: torch.Tensor = None
+    nearest: torch.Tensor = None
+    tokens: torch.Tensor = None
+    scores: torch.Tensor = None
 
+
+# --- Ways to treat the tokens that are not kept ---------------------------------------------------------------------
 
 def reorganize_tokens(tokens, scores, k, fuse=False):
     """Keep the k tokens with the highest scores; drop the others, or fuse them into one, placed last (§3.2, §3.3).
@@ -59,14 +39,14 @@ def reorganize_tokens(tokens, scores, k, fuse=False):
         tokens (B, k, C), or (B, k + 1, C) with the fused one, and their positions in the input (B, k).
     """
     idx = scores.topk(k, dim=1, sorted=False).indices                                  # (B, k)
-    kept = tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))        # (B, k, C)
+    remaining = tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))   # (B, k, C)
     if fuse:
         # Kept tokens get weight 0, which saves computing the complement of idx. Without autocast, because casting
         # all tokens would cost more than this product saves.
         with torch.autocast(tokens.device.type, enabled=False):
             weights = scores.scatter(1, idx, 0.).to(tokens.dtype).unsqueeze(1)         # (B, 1, N)
-            kept = torch.cat([kept, weights @ tokens], dim=1)                          # (B, k + 1, C)
-    return kept, idx
+            remaining = torch.cat([remaining, weights @ tokens], dim=1)                # (B, k + 1, C)
+    return remaining, idx
 
 
 def merge_into_nearest(tokens, others, sizes, other_sizes):
@@ -105,29 +85,50 @@ def merge_tokens(tokens, scores, k, sizes=None):
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         sizes = torch.ones_like(scores, dtype=dtype) if sizes is None else sizes
         order = scores.argsort(dim=1, descending=True)                                 # (B, N)
-        kept, others = order.tensor_split([k], dim=1)
         rows = tokens.to(dtype).gather(1, order.unsqueeze(-1).expand_as(tokens))       # (B, N, C)
         merged, merged_sizes, nearest = merge_into_nearest(
             *rows.tensor_split([k], dim=1), *sizes.gather(1, order).tensor_split([k], dim=1))
-    return merged.to(tokens.dtype), Reorganization(kept, merged_sizes, others, nearest)
+    idx, other_idx = order.tensor_split([k], dim=1)
+    return merged.to(tokens.dtype), Reorganization(idx, merged_sizes, other_idx, nearest)
 
 
-class Reorganization(NamedTuple):
-    """What a block did with N tokens.
+def drop_tokens(tokens, scores, k, sizes=None):
+    """Keep the k tokens with the highest scores; drop the others. As `merge_tokens` otherwise."""
+    remaining, idx = reorganize_tokens(tokens, scores, k)
+    return remaining, Reorganization(idx)
+
+
+def fuse_tokens(tokens, scores, k, sizes=None):
+    """Keep the k tokens with the highest scores; fuse the others into one. As `merge_tokens` otherwise."""
+    remaining, idx = reorganize_tokens(tokens, scores, k, fuse=True)
+    return remaining, Reorganization(idx)
+
+
+class Way(NamedTuple):
+    """A way to treat the tokens that a block does not keep.
+
+    If its `Reorganization` has sizes, the tokens count for so many patches in later attention (`size_bias`) and in
+    average pooling. Otherwise, an extra token counts in average pooling for all patches that it stands for.
 
     Attributes:
-        kept: (B, k), positions of the kept tokens.
-        sizes: (B, k), how many patches each stands for; None unless the others were merged.
-        others: (B, N − k), positions of the others; None unless they were merged.
-        nearest: (B, N − k), which of the k each of them joined.
-        tokens: (B, N, C), the tokens themselves, if asked for.
+        function: (tokens (B, N, C), scores (B, N), k, sizes (B, N) or None) → tokens (B, k + extra_tokens, C), the kept
+            ones first, and the `Reorganization`.
+        participle: what the other tokens are then, for tables and captions.
+        extra_tokens: how many tokens follow the kept ones, 0 or 1.
     """
-    kept: torch.Tensor
-    sizes: torch.Tensor = None
-    others: torch.Tensor = None
-    nearest: torch.Tensor = None
-    tokens: torch.Tensor = None
+    function: Callable
+    participle: str
+    extra_tokens: int = 0
 
+
+WAYS = {
+    'drop': Way(drop_tokens, 'dropped'),
+    'fuse': Way(fuse_tokens, 'fused', extra_tokens=1),
+    'merge': Way(merge_tokens, 'merged'),
+}
+
+
+# --- Scores ---------------------------------------------------------------------------------------------------------
 
 def class_attention(q, k, scale, bias=None):
     """Softmax attention of the class token to every token, averaged over heads (Eq. 2).
@@ -149,6 +150,15 @@ def class_attention(q, k, scale, bias=None):
         logits = logits + bias.squeeze(2)
     return logits.softmax(dim=-1).mean(dim=1)
 
+
+# What ranks the tokens of a block: functions of its queries, keys and values (B, H, N, D), the factor 1/√D and the bias of
+# `class_attention` → (B, N), prefix tokens included, of which the highest are kept
+SCORES = {
+    'class_attention': lambda q, k, v, scale, bias=None: class_attention(q, k, scale, bias),
+}
+
+
+# --- Bookkeeping ----------------------------------------------------------------------------------------------------
 
 def patches_after(patches, idx, num_patches):
     """The patch of each token after a block.

@@ -30,7 +30,6 @@ from runtime.distributed import log, rank
 from runtime.logger import append_line, make_output_folder
 from runtime.utils import autocast
 
-
 # --- The protocol ---------------------------------------------------------------------------------------------------
 
 def add_protocol_arguments(parser):

@@ -1,6 +1,7 @@
 """Checkpoints: write, find and load them, for resuming, finetuning and evaluating."""
 import argparse
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -11,8 +12,11 @@ from pathlib import Path
 import timm
 import torch
 
+from evit.settings import TOKEN_FLAGS, TokenSettings
+from runtime.arguments import block_numbers
 from runtime.distributed import all_reduce, log, rank
 from runtime.foreign_formats import classifiers, convert_weights, under_prefix
+from runtime.model_factory import MODEL_FLAGS
 from runtime.reading import DamagedCheckpoint, load_checkpoint
 from runtime.utils import InputError, atomic_write, one_line, open_durably
 
@@ -171,6 +175,36 @@ def newest_checkpoint(folder, device):
 
 # --- Resume -----------------------------------------------------------------------------------------------------------
 
+def read_flags(resume, folder):
+    """The flags of the checkpoint that --resume stands for, {} if there is none; as `find_checkpoint` otherwise."""
+    sources = [resume] if resume != 'auto' else [
+        str(Path(folder) / name) for name in (NEWEST, PREVIOUS) if (Path(folder) / name).is_file()]
+    for source in sources:
+        try:
+            return trained_flags(load_checkpoint(source))
+        except DamagedCheckpoint:
+            if source == sources[-1]:
+                raise
+    return {}
+
+
+def trained_flags(checkpoint):
+    """The flags in a checkpoint as a dict; those of the original code are a Namespace with texts in it."""
+    trained = checkpoint.get('args') or {}
+    trained = dict(vars(trained) if isinstance(trained, argparse.Namespace) else trained)
+    if isinstance(trained.get('drop_loc'), str):
+        trained['drop_loc'] = block_numbers(trained['drop_loc'])
+    return trained
+
+
+def token_fields(flags):
+    """The fields of the `TokenSettings` of a dict of flags, None each if it has no settings; {} if it says nothing."""
+    if not TOKEN_FLAGS & flags.keys():
+        return {}
+    settings = TokenSettings.of_flags(flags)
+    return {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(TokenSettings)}
+
+
 def load_run(source, settings, evaluates_only):
     """Read a checkpoint to resume or evaluate; report settings that differ from those it was trained with.
 
@@ -182,20 +216,20 @@ def load_run(source, settings, evaluates_only):
         InputError: as `load_checkpoint`, or training cannot go on with another optimizer or scheduler.
     """
     checkpoint = load_checkpoint(source)
-    trained = checkpoint.get('args') or {}
-    if isinstance(trained, argparse.Namespace):        # of the original code, whose lr is the scaled one
-        trained = {name: value for name, value in vars(trained).items() if name != 'lr'}
-    model = ('model', 'pretrained', 'input_size', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'merge_token',
-             'drop_loc', 'keep_schedule', 'token_counts')
-    if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
-        model = [name for name in model if name not in ('base_keep_rate', 'drop_loc', 'keep_schedule')]
+    trained = trained_flags(checkpoint)
+    if isinstance(checkpoint.get('args'), argparse.Namespace):             # of the original code, whose lr is scaled
+        trained.pop('lr', None)
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
                 'weight_decay', 'dense_weight', 'token_label_path')
     for name in () if evaluates_only else ('opt', 'sched'):
         if name in trained and trained[name] != settings[name]:
             raise InputError(f'{source} was trained with --{name} {trained[name]} and cannot go on with '
                              f'{settings[name]}')
-    for name in model if evaluates_only else (*model, *schedule):
+    trained, settings = ({**flags, **token_fields(flags)} for flags in (trained, settings))
+    fields = token_fields(settings)
+    if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
+        fields = [name for name in fields if name not in ('base_keep_rate', 'drop_loc', 'uniform')]
+    for name in (*MODEL_FLAGS, *fields, *(() if evaluates_only else schedule)):
         if name in trained and str(trained[name] or '') != str(settings[name] or ''):
             log(f'note: {source} was trained with {name} {trained[name]}, this run has {settings[name]}')
     return checkpoint
@@ -277,8 +311,7 @@ def class_differences(checkpoint, dataset):
     named = isinstance(trained, (list, tuple)) and all(isinstance(name, str) for name in trained)
     if not named or not trained or not getattr(dataset, 'has_class_names', True):
         return ''
-    settings = checkpoint.get('args')
-    if isinstance(settings, dict) and settings.get('use_lmdb') and list(trained) == [str(i) for i in range(len(trained))]:
+    if trained_flags(checkpoint).get('use_lmdb') and list(trained) == [str(i) for i in range(len(trained))]:
         return ''                                      # of a database of the original code, which stores no names
     known, found = set(trained), set(classes)
     differences = [*(f'{name} is in the checkpoint only' for name in trained if name not in found),

@@ -15,7 +15,6 @@ from torch.distributed.rendezvous import rendezvous
 from runtime.failures import Failures
 from runtime.utils import DataError, InputError
 
-
 NCCL_MARGIN = datetime.timedelta(seconds=10)           # so that `Failures` gives a process up before NCCL aborts
 
 

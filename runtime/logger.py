@@ -15,7 +15,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from runtime.distributed import all_reduce, log, rank, world_size
 from runtime.utils import InputError, atomic_write, open_durably
 
-
 # --- Console --------------------------------------------------------------------------------------------------------
 
 class Progress:

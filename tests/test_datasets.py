@@ -21,8 +21,8 @@ from datasets import (DeviceLoader, Digits, INaturalist, SeededDataset, build_da
                       check_same_classes, spread)
 from formats.decoding import decode_picture, decode_pixels, load_image
 from loader_benchmark import plain_transform
-from samplers import EvalSampler, TrainSampler
 from runtime.utils import DataError, InputError
+from samplers import EvalSampler, TrainSampler
 
 CPU = torch.device('cpu')
 PHOTO = load_sample_image('china.jpg')[:375, :500]

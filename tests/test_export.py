@@ -85,7 +85,7 @@ def test_options(options, tmp_path, capsys):
     floats = images.float() / 255
     model = main.build_model(main.parse_args(flags), 5).eval()
     model.load_state_dict(state)
-    preprocessing = main.input_of(main.parse_args(flags))[1]
+    preprocessing = main.input_of(main.parse_args(flags).model, pretrained=False)[1]
     mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in preprocessing[:2])
     if '--features' in options:
         model.reset_classifier(0)
@@ -280,7 +280,7 @@ def test_format_without_its_packages(tmp_path, monkeypatch):
 def test_hub(tmp_path):
     options = dict(base_keep_rate=0.4, num_classes=3)
     model = torch.hub.load(str(ROOT), 'deit_tiny_patch16_shrink_base', source='local', **options)
-    assert type(model).__name__ == 'EViT' and model.base_keep_rate == 0.4 and model.num_classes == 3
+    assert type(model).__name__ == 'EViT' and model.token_settings.base_keep_rate == 0.4 and model.num_classes == 3
     assert timm.is_model('deit_tiny_patch16_shrink_base')
 
 

@@ -19,11 +19,11 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import folder2lmdb
-from formats import lmdb_dataset
 import main
 from conftest import TINY
-from folder2lmdb import ImageFolderLMDB
 from databases import PICTURES, database, legacy, make_tree, pixels, tree, write_lmdb  # noqa: F401 (fixtures)
+from folder2lmdb import ImageFolderLMDB
+from formats import lmdb_dataset
 from runtime.utils import InputError, atomic_write
 
 SCRIPT = Path(folder2lmdb.__file__)

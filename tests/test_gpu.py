@@ -16,9 +16,9 @@ import torch
 
 import main
 from conftest import PLAIN, ROOT, run_recipe
+from formats.token_labels import labels_of_patches
 from main import parse_args
 from outputs import assert_same, checkpoint, log_lines
-from formats.token_labels import labels_of_patches
 
 DEVICE = os.environ.get('EVIT_GPU_TESTS_DEVICE', 'cuda')
 # 16 patches, two blocks that drop some of them

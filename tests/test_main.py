@@ -50,17 +50,17 @@ def test_token_flags_make_an_evit(capsys):
     args = parse_args(['--model', 'vit_large_patch16_224', '--shrink-epochs', '3'])
     assert (args.base_keep_rate, args.fuse_token, args.drop_loc, args.shrink_start_epoch) == (0.7, False, None, 10)
     with pytest.raises(SystemExit):
-        parse_args(['--visualize-mask', '--model', 'deit_small_patch16_224', '--resume', 'a'])
+        parse_args(['--visualize-mask', '--model', 'deit_small_patch16_224', '--pretrained'])
     assert 'does not reorganise tokens; give a token flag' in capsys.readouterr().err
 
 
 def test_images_of_pretrained_weights():
     """The sizes and statistics that timm's configuration of the weights gives."""
     args = parse_args(['--model', 'eva02_base_patch14_448', '--pretrained'])
-    assert args.input_size == 448 and main.input_of(args)[1].mean == (0.48145466, 0.4578275, 0.40821073)
+    assert args.input_size == 448 and main.input_of(args.model, args.pretrained)[1].mean == (0.48145466, 0.4578275, 0.40821073)
     args = parse_args(['--model', 'vit_base_patch16_224.orig_in21k', '--pretrained', '--input-size', '96'])
-    assert args.input_size == 96 and main.input_of(args)[1] == Preprocessing((0.5,) * 3, (0.5,) * 3, 'bicubic', 0.9)
-    assert main.input_of(parse_args([])) == (224, Preprocessing())
+    assert args.input_size == 96 and main.input_of(args.model, args.pretrained)[1] == Preprocessing((0.5,) * 3, (0.5,) * 3, 'bicubic', 0.9)
+    assert main.input_of(parse_args([]).model, pretrained=False) == (224, Preprocessing())
 
 
 @pytest.fixture(scope='module')
@@ -120,17 +120,11 @@ def trees(image_folder, teacher, tmp_path):
     (['--data-set', 'DIGITS', '--data-path', '{tree}'], '--data-set DIGITS'),
     (['--finetune', ''], '--finetune'),
     (['--eval', '--finetune', '{root}/junk.pth'], '--resume'),
-    (['--fuse_token', '--merge_token'], 'exclude each other'),
+    (['--fuse_token', '--merge_token'], 'either fused (fuse_token) or merged'),
     (['--token-counts', '5,4', '--shrink_start_epoch', '3'], '--token-counts takes no --shrink-start-epoch'),
-    (['--token-counts', '5,4', '--eval', '--resume', 'x', '--knn', '3'], 'takes no --knn'),
     (['--token-counts', 'x'], 'neither a list of numbers'),
-    (['--keep-rates', '1', '0.5'], 'go with --eval'),
-    (['--knn', '5', '--visualize_mask', '--resume', 'x'], 'go with --eval'),
-    (['--eval', '--resume', 'x', '--keep-rates', '1.5'], '(0, 1]'),
-    (['--eval', '--resume', 'x', '--keep-rates', '0.5', '--token-ways', 'keep'], 'invalid choice'),
-    (['--eval', '--resume', 'x', '--keep-rates', '0.5', '--compile'], 'leave out --compile'),
-    (['--eval', '--resume', 'x', '--token-ways', 'drop'], '--keep-rates'),
-    (['--eval', '--resume', 'x', '--knn-bank', 'own'], 'needs --knn'),
+    (['--eval', '--resume', 'x', '--keep_rates', '1', '0.5'], '--keep-rates is a flag of curve.py'),
+    (['--eval', '--resume', 'x', '--knn=5'], '--knn is a flag of curve.py'),
     (['--drop_loc', '[3,6'], 'block numbers'),
     (['--drop_loc', ''], 'block numbers'),
     (['--aa', 'no_policy'], 'no_policy'),
@@ -227,7 +221,7 @@ def test_flags_of_the_data_set(monkeypatch):
     monkeypatch.setattr(main, 'build_dataset',
                         lambda is_train, **options: calls.append((is_train, options)) or Digits(is_train))
     given['preprocessing'] = Preprocessing(mean=(0.1, 0.2, 0.3))
-    monkeypatch.setattr('runtime.model_factory.pretrained_input', lambda model: (224, given['preprocessing']))
+    monkeypatch.setattr('runtime.preprocessing.pretrained_input', lambda model: (224, given['preprocessing']))
     args = parse_args([*flags, '--device', 'cpu', '--output-dir', 'a', '--pretrained'])
     loaders = main.build_loaders(args, torch.device('cpu'))
     assert calls == [(True, given), (False, given)]
@@ -422,21 +416,21 @@ def test_speed_and_masks(digits_run, tmp_path, capsys, short_windows):
     assert line['speed_images_per_second'] > 0 and 0 < line['speed_gmacs'] < 1
     main.main(parse_args([*flags, '--visualize_mask', '--n_visualization', '5', '--batch-size', '2']))
     assert sorted(path.name for path in tmp_path.glob('*.jpg')) == sorted(
-        f'img_{i}_{stage}.jpg' for i in range(5) for stage in ('a', 'l0', 'l1', 'l2'))
+        f'img_{i}_{stage}.jpg' for i in range(5) for stage in ('a', 'block1', 'block2', 'block3'))
     assert sorted(path.name for path in tmp_path.glob('*.png')) == ['attention.png', 'grid.png']
     assert 'on the 5 test images' in capsys.readouterr().out
 
 
 def test_pictures_by_one_and_two_processes(image_folder, tmp_path, capsys):
-    flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '2', '--visualize_mask',
-             '--n_visualization', '7', '--resume', str(tmp_path / 'new.pth')]
+    flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '2']
     torch.save({'model': main.build_model(parse_args(flags), 3).state_dict()}, tmp_path / 'new.pth')
+    flags += ['--visualize_mask', '--n_visualization', '7', '--resume', str(tmp_path / 'new.pth')]
     main.main(parse_args([*flags, '--output_dir', str(tmp_path / '0')]))
     printed, done = capsys.readouterr().out, run_main(*flags, '--output_dir', tmp_path / '2', processes=2)
     assert accuracy_lines(done.stdout) == accuracy_lines(printed) and 'on the 7 test images' in printed
     names = sorted(path.name for path in (tmp_path / '0').iterdir())
     assert names == sorted(['grid.png', 'attention.png', *(
-        f'img_{i}_{stage}.jpg' for i in range(7) for stage in ('a', 'l0', 'l1', 'l2'))])
+        f'img_{i}_{stage}.jpg' for i in range(7) for stage in ('a', 'block1', 'block2', 'block3'))])
     assert names == sorted(path.name for path in (tmp_path / '2').iterdir())
     for name in names:
         assert (open_picture(tmp_path / '0' / name) - open_picture(tmp_path / '2' / name)).abs().float().mean() < 1

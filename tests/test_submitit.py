@@ -9,8 +9,8 @@ import pytest
 import main
 import run_with_submitit
 from conftest import ROOT
-from runtime.distributed import Stopped, StopSignal
 from run_with_submitit import Job, run
+from runtime.distributed import StopSignal, Stopped
 from runtime.utils import InputError
 
 FLAGS = ['--epochs', '3', '--num_workers', '2', '--lr', '1e-3']

@@ -13,6 +13,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 
 from conftest import ROOT
+from evit.settings import TokenSettings
 from evit_definition import definition
 from models_evit import EViT, from_evit, obstacle, to_evit
 
@@ -118,7 +119,7 @@ def test_rate_1_and_back(kind):
         to_evit(evit, 0.5, (0,))
         num_patches = model.patch_embed.num_patches
         for twin in (copy.deepcopy(evit), pickle.loads(pickle.dumps(evit))):
-            assert torch.equal(twin(images), evit(images)) and twin.token_counts() == (num_patches // 2, None, None)
+            assert torch.equal(twin(images), evit(images)) and twin.kept_counts() == (num_patches // 2, None, None)
         assert from_evit(evit) is evit and torch.equal(evit(images), expected)
     pairs = zip(evit.named_modules(), model.named_modules(), strict=True)
     assert all(type(ours) is type(theirs) and vars(ours).keys() == vars(theirs).keys()
@@ -181,7 +182,7 @@ def test_classifier_and_input_size(kind):
     model.reset_classifier(7)
     model.set_input_size((48, 32))
     assert model(torch.zeros(2, 3, 48, 32)).shape == (2, 7)
-    assert model.token_counts()[1] is None and len(model(torch.zeros(2, 3, 48, 32), get_idx=True)[1]) == 2
+    assert model.kept_counts()[1] is None and len(model(torch.zeros(2, 3, 48, 32), get_idx=True)[1]) == 2
 
 
 # --- Position embeddings --------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ def test_gated_attention_refused():
 @pytest.mark.parametrize('depth, drop_loc', [(12, (3, 6, 9)), (16, (4, 8, 12)), (24, (6, 12, 18)), (3, (0, 1, 2)),
                                              (1, (0,))])
 def test_blocks_by_default(depth, drop_loc):
-    assert to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=depth)).drop_loc == drop_loc
+    assert to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=depth)).token_settings.drop_loc == drop_loc
 
 
 @pytest.mark.parametrize('way', ['drop', 'fuse', 'merge'])
@@ -277,10 +278,10 @@ def test_uniform_schedule(way):
         logits, kept = model(images, get_idx=True)
         rate = model.block_keep_rates(0.7)[0]
         assert len(kept) == 8 and torch.equal(model(images, keep_rate=8 * [rate]), logits)
-    uniform = sum(model.token_counts())
+    uniform = sum(model.kept_counts())
     stages = sum([256, 256, 180, 180, 126, 126, 89, 89])                # ceil(0.7 · 256), and so on
     assert uniform == pytest.approx(stages, rel=0.03 if way == 'fuse' else 0.01)
-    assert model.token_counts(1) == 8 * (None,)
+    assert model.kept_counts(1) == 8 * (None,)
 
 
 @pytest.mark.parametrize('way', ['drop', 'fuse', 'merge'])
@@ -296,15 +297,15 @@ def test_token_counts(way):
         logits, kept = model(images, get_idx=True)
         assert left == [54, 54, 53, 40, 40, 8]
         k = None, None, 48 - fused, 35 - fused, None, 3 - fused
-        assert [idx.shape[1] for idx in kept] == [count for count in k if count] and model.token_counts() == k
-        assert torch.equal(model(images, tokens=k), logits)
+        assert [idx.shape[1] for idx in kept] == [count for count in k if count] and model.kept_counts() == k
+        assert torch.equal(model(images, kept_counts=k), logits)
         del left[:]
         model(images, keep_rate=1)                     # the rate of one call has the last word, as ever
         assert left == 6 * [54]
     for counts, message in (((54,) * 5, 'each of 6 blocks, not 5'), ((54,) * 5 + (5 + fused,), 'too few')):
         with pytest.raises(ValueError, match=f'token_counts.*{message}'):
             to_evit(model, fuse_token=way == 'fuse', token_counts=counts)
-    assert model.token_counts() == k
+    assert model.kept_counts() == k
 
 
 def test_from_evit_of_another_model():
@@ -315,9 +316,9 @@ def test_from_evit_of_another_model():
 
 def test_token_counts_of_a_new_model():
     built = EViT(token_counts=(17, 9), img_size=32, patch_size=8, embed_dim=12, num_heads=2, depth=2)
-    assert built.token_counts() == (None, 8) and built.drop_loc == (1,)
+    assert built.kept_counts() == (None, 8) and built.token_settings.drop_loc == (1,)
     built.set_input_size((64, 64))                     # of 64 patches, half
-    assert built.token_counts() == (None, 32)
+    assert built.kept_counts() == (None, 32)
 
 
 def test_settings_of_an_evit():
@@ -325,6 +326,14 @@ def test_settings_of_an_evit():
     for arguments in ((0,), (1.1,), (0.5, (4,)), (0.5, (-1,)), (0.5, (1,), True, True)):
         with pytest.raises(ValueError, match='keep rate|drop_loc|either fused .* or merged'):
             to_evit(model, *arguments)
-        assert type(model) is EViT and (model.base_keep_rate, model.drop_loc, model.fuse_token) == (0.7, (1,), True)
-        assert model.token_counts() == (None, 138, None, None)
-    assert to_evit(model, 0.5, iter([2, 3])).token_counts() == (None, None, 98, 49) and not model.fuse_token
+        assert type(model) is EViT and model.token_settings == TokenSettings(0.7, (1,), 'fuse')
+        assert model.kept_counts() == (None, 138, None, None)
+    # Settings that are not named stay; the fused token counts
+    assert to_evit(model, 0.5, iter([2, 3])).kept_counts() == (None, None, 98, 50)
+    assert to_evit(model, fuse_token=False).token_settings == TokenSettings(0.5, (2, 3), 'drop')
+    counts = 197, 197, 99, 99
+    assert to_evit(model, token_counts=counts, way='merge').token_settings == TokenSettings(0.5, (2,), 'merge',
+                                                                                           token_counts=counts)
+    assert to_evit(model, 0.6, drop_loc=[1]).token_settings == TokenSettings(0.6, (1,), 'merge')
+    with pytest.raises(ValueError, match="there is no way 'burn', but drop, fuse, merge"):
+        to_evit(model, way='burn')

@@ -10,16 +10,16 @@ from timm.utils import ModelEmaV3
 
 import main
 import trainer
-from runtime.checkpoint import CheckpointWriter, load_run, write_checkpoint
 from conftest import PLAIN, TINY, open_picture, reference
 from datasets import DeviceLoader
-from runtime.distributed import Stopped
 from engine import keep_rate_at
 from main import parse_args
 from outputs import assert_same, checkpoint, events, log_lines, result
+from runtime.checkpoint import CheckpointWriter, load_run, write_checkpoint
+from runtime.distributed import Stopped
+from runtime.utils import InputError, choose_amp_dtype, seed_all
 from samplers import TrainSampler
 from trainer import EmaInMainMemory, Trainer
-from runtime.utils import InputError, choose_amp_dtype, seed_all
 
 CPU = torch.device('cpu')
 

@@ -9,9 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from runtime.checkpoint import load_checkpoint, write_checkpoint
 from outputs import assert_same, result
 from runs import Run, at_file_operation, fork
+from runtime.checkpoint import load_checkpoint, write_checkpoint
 from runtime.utils import InputError
 
 MIB = 2 ** 20

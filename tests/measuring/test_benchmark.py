@@ -8,14 +8,13 @@ import timm
 import torch
 import torch.nn as nn
 import torchprofile
-
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+import models_evit                                     # noqa: F401  registers the EViTs
 from measuring import benchmark
-import models_evit  # noqa: F401  registers the EViTs
-from measuring.benchmark import (Protocol, Throughput, check_real, largest_batch, macs, measured_pass, paired_throughput,
-                       peak_memory, stopwatch, throughput)
+from measuring.benchmark import (Protocol, Throughput, check_real, largest_batch, macs, measured_pass,
+                                 paired_throughput, peak_memory, stopwatch, throughput)
 from runtime.compiled_model import check_compiler
 from runtime.utils import InputError
 

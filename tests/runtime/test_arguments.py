@@ -2,8 +2,8 @@ import argparse
 
 import pytest
 
-from runtime.arguments import (ArgumentParser, block_numbers, count, key_value, non_negative, positive, rate, share,
-                       token_counts, with_dashes, within)
+from runtime.arguments import (ArgumentParser, block_numbers, fraction, keep_rate, key_value, natural, non_negative,
+                               positive, token_counts, with_dashes, within)
 
 
 @pytest.mark.parametrize('kind, right, wrong', [
@@ -12,8 +12,9 @@ from runtime.arguments import (ArgumentParser, block_numbers, count, key_value, 
     (within(1, 3, int), {'1': 1, '3': 3}, ['0', '4', '1.5', 'x', '', '9' * 400]),
     (within(0.5), {'0.5': 0.5, '1e9': 1e9}, ['0.4', 'inf', 'nan']),
     (positive(int), {'1': 1}, ['0', '-1', '0.5']), (positive(float), {'1e-300': 1e-300}, ['0', '-1', 'inf', 'nan']),
-    (count, {'0': 0, '2147483648': 2 ** 31}, ['-1', '2147483649']), (rate, {'1': 1., '0.7': 0.7}, ['0', '1.01', 'nan']),
-    (share, {'0': 0., '1': 1.}, ['-0.1', '1.1']), (non_negative, {'0': 0.}, ['-1', 'inf']),
+    (natural, {'0': 0, '2147483648': 2 ** 31}, ['-1', '2147483649']),
+    (keep_rate, {'1': 1., '0.7': 0.7}, ['0', '1.01', 'nan']),
+    (fraction, {'0': 0., '1': 1.}, ['-0.1', '1.1']), (non_negative, {'0': 0.}, ['-1', 'inf']),
     (block_numbers, {'3,6,9': (3, 6, 9), '(3, 6,)': (3, 6), '[2]': (2,)}, ['', '3;6', '[3,6', 'a'])])
 def test_types(kind, right, wrong):
     assert {text: kind(text) for text in right} == right

@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 
-from runtime.checkpoint import (CheckpointWriter, DamagedCheckpoint, check_classes, load_checkpoint, load_finetune,
-                                load_run, load_teacher, load_weights, newest_checkpoint, write_checkpoint)
 from conftest import DEIT_TINY, PLAIN
 from main import build_model, parse_args
 from outputs import assert_same
+from runtime.checkpoint import (CheckpointWriter, DamagedCheckpoint, check_classes, load_checkpoint, load_finetune,
+                                load_run, load_teacher, load_weights, newest_checkpoint, write_checkpoint)
 from runtime.utils import InputError
 
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime import distributed
-from runtime import failures
+from runtime import distributed, failures
 from runtime.failures import Failures, exit_failed
 from runtime.utils import InputError
 

@@ -14,10 +14,10 @@ from torchvision.datasets import ImageFolder
 
 import main
 import visualize_mask
-from runtime.checkpoint import load_finetune
 from conftest import ROOT
 from main import parse_args
 from models_evit import resize_pos_embed, to_evit
+from runtime.checkpoint import load_finetune
 from runtime.utils import InputError
 from visualize_mask import kept_patches, mask_images
 
@@ -79,15 +79,19 @@ def test_registers_finetuned_evaluated_resumed_and_visualized(tmp_path, capsys):
     accuracies = [line for line in finetuned.splitlines() if line.startswith('Accuracy')]
     assert len(accuracies) == 2 and all(line in evaluated for line in accuracies)
     assert 'was trained with' not in evaluated
-    plain = [flag for flag in REGISTERS if flag not in ('--base_keep_rate', '0.7', '--fuse_token')]
-    main.main(parse_args([*plain, '--eval', '--resume', str(folder / 'checkpoint.pth')]))
-    assert 'was trained with base_keep_rate 0.7, this run has None' in capsys.readouterr().out
+    # Flags of the model that are not given are the checkpoint's; others are reported
+    data = ['--device', 'cpu', '--num-workers', '0', '--eval', '--resume', str(folder / 'checkpoint.pth')]
+    main.main(parse_args(data))
+    evaluated = capsys.readouterr().out
+    assert all(line in evaluated for line in accuracies) and 'was trained with' not in evaluated
+    main.main(parse_args([*data, '--base_keep_rate', '1']))
+    assert 'was trained with base_keep_rate 0.7, this run has 1.0' in capsys.readouterr().out
     main.main(parse_args([*REGISTERS, '--epochs', '2', '--resume', 'auto', '--output_dir', str(folder)]))
     resumed = capsys.readouterr().out
     assert 'Epoch: [1]' in resumed and 'Epoch: [0]' not in resumed
     main.main(parse_args([*REGISTERS, '--visualize_mask', '--n_visualization', '2', '--resume',
                           str(folder / 'checkpoint.pth'), '--output_dir', str(tmp_path / 'pictures')]))
-    with Image.open(tmp_path / 'pictures' / 'img_0_l2.jpg') as picture:
+    with Image.open(tmp_path / 'pictures' / 'img_0_block3.jpg') as picture:
         blocks = np.asarray(picture.convert('L')).reshape(4, 8, 4, 8).max(axis=(1, 3))
     assert (blocks > 8).sum() <= 7                     # 16 → 12 → 10 → 8 tokens, of which 1 or more are fused
 
