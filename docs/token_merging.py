@@ -90,7 +90,7 @@ def main():
     args = program.parse_args(sys.argv[1:])
     device = torch.device(args.device)
     loader, _ = program.build_loaders(args, device)
-    model = program.build_model(args, len(loader.dataset.classes), device)
+    model = program.build_model(args, loader.dataset, device)
     if not isinstance(model, EViT):
         raise InputError(f'{args.model} is no VisionTransformer of timm, which alone is served here')
     model, amp_dtype = with_way(model, 'merge'), choose_amp_dtype(args.amp_dtype, device)
