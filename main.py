@@ -2,10 +2,13 @@
 
 The same path serves a CPU, one GPU and, started by torchrun or srun, many GPUs.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('main')
+
 import argparse
 import atexit
 import copy
-import signal
 import sys
 from functools import partial
 
@@ -23,11 +26,11 @@ from models_evit import is_lvvit
 from runtime.arguments import (ArgumentParser, HelpFormatter, add_run_arguments, fraction, natural, non_negative,
                                positive, timm_model, with_dashes, within)
 from runtime.checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights, read_flags
-from runtime.distributed import (Stopped, ignore_stop_signals, init_process_group, kill_workers, leave_process_group,
-                                 log, rank, world_size)
-from runtime.failures import exit_failed
+from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
+                                 world_size)
 from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments, flag_of
 from runtime.preprocessing import input_of
+from runtime.program import run_program
 from runtime.utils import InputError, choose_amp_dtype, choose_kernels, seed_all
 from samplers import EvalSampler, TrainSampler
 from trainer import Trainer
@@ -327,18 +330,9 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
 
 
 def run(argv=None, parser=None):
-    """The program: an expected failure is one line; the exit status is 2 if the input is wrong.
-
-    The arguments are those of `parse_args`; by default `argv` is the command line of the process.
-    """
-    try:
+    """The program; the arguments are those of `parse_args`; by default `argv` is the command line of the process."""
+    def program():
         main(parse_args(sys.argv[1:] if argv is None else argv, parser))
         leave_process_group()
-    except Stopped:
-        sys.exit(128 + signal.SIGTERM)
-    except Exception as error:
-        exit_failed('main.py', error)
 
-
-if __name__ == '__main__':
-    run()
+    run_program('main.py', program)

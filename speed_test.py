@@ -5,6 +5,10 @@
 Without --models, it compares the backbones of the paper's Figure 4. Models are timed in turn, so that the ratios hold
 on a machine whose speed varies. `benchmark.py` measures a model from Python.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('speed_test')
+
 import argparse
 import csv
 import dataclasses
@@ -31,7 +35,8 @@ from measuring.plots import plot_throughput
 from models_evit import VARIANTS, obstacle
 from runtime.arguments import ArgumentParser, keep_rate, positive, timm_model
 from runtime.model_factory import create_model
-from runtime.utils import InputError, choose_kernels, one_line
+from runtime.program import run_program
+from runtime.utils import InputError, choose_kernels
 
 RUNTIMES = {'torch': None, 'compile': None, 'onnxruntime': 'onnx', 'aoti': 'aoti'}         # and formats of export.py
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError
@@ -369,8 +374,6 @@ def main(argv=None):
     return int(any('failure' in row for row in rows))
 
 
-if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        ArgumentParser().error(one_line(error))
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('speed_test.py', main, argv)

@@ -11,6 +11,7 @@ import traceback
 
 import torch.distributed as dist
 
+from runtime import program
 from runtime.utils import DataError, InputError, one_line
 
 
@@ -86,7 +87,7 @@ class Failures:
     def end(self, status, message):
         """End the process because of another one."""
         if self.rank == 0 or self.rank == 1 and message == self.describe([0]):
-            print(f'main.py: error: {message}', file=sys.stderr)
+            print(f'{program.name}: error: {message}', file=sys.stderr)
         end_process(status)
 
     def silent(self, seconds):
@@ -161,19 +162,23 @@ def end_process(status):
     os._exit(status)
 
 
-def exit_failed(program, error):
+def exit_failed(name, error):
     """End a process that failed: say why, also to the other processes, and do not wait for them.
 
-    An expected failure is one line, printed once; any other error is a traceback. The exit status is 2 for wrong input.
+    An expected failure is one line, printed once; any other error is a traceback. The exit status is 2 for wrong input,
+    130 for Ctrl-C.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # torch's handler would raise if one more worker died here
     group = Failures.group
     if group:
         group.ending.acquire()                         # for ever
     found = group.cause(error) if group else None
-    status, message, shown = 1, one_line(error), True
+    status, message, shown, kind = 1, one_line(error), True, 'error: '
     if found:
         (status, message), shown = found, group.rank == 0
+    elif isinstance(error, KeyboardInterrupt):
+        status, message, kind = program.INTERRUPTED, 'interrupted', ''
+        shown = os.environ.get('LOCAL_RANK', '0') == '0'
     elif isinstance(error, ConnectionResetError) or str(error).startswith('DataLoader worker'):
         # Depending on the moment at which a worker dies, torch reports its death, or only the pipe to it breaks
         prefix = 'a DataLoader worker died: ' if isinstance(error, ConnectionResetError) else ''
@@ -186,7 +191,7 @@ def exit_failed(program, error):
         traceback.print_exc()
         shown = False
     if shown:
-        print(f'{program}: error: {message}', file=sys.stderr)
+        print(f'{name}: {kind}{message}', file=sys.stderr)
     if not group:
         sys.exit(status)
     group.tell(status, message if found else f'process {group.rank}: {message}')

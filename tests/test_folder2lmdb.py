@@ -36,7 +36,8 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', ['folder2lmdb.py', *map(str, arguments)])
         capsys.readouterr()
         try:
-            status = folder2lmdb.main()
+            folder2lmdb.run()
+            status = 0
         except SystemExit as leaving:
             status = leaving.code
         return status, *capsys.readouterr()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime import distributed, failures
+from runtime import distributed, failures, program
 from runtime.failures import Failures, exit_failed
 from runtime.utils import InputError
 
@@ -23,6 +23,7 @@ fork = multiprocessing.get_context('fork')
 def short_periods(monkeypatch):
     monkeypatch.setattr(Failures, 'PERIOD', 0.1)
     monkeypatch.setattr(Failures, 'GRACE', 0.3)
+    monkeypatch.setattr(program, 'name', 'main.py')
 
 
 def block():
@@ -74,6 +75,17 @@ def test_one_process_fails_while_the_others_wait_in_c(gloo, tmp_path):
     statuses, printed = run(tmp_path, block, block, lambda: fail(InputError('no such file')), gloo=gloo)
     assert statuses == [2, 2, 2]
     assert printed[:2] == ['main.py: error: process 2: no such file\n', '']
+
+
+def test_name_of_another_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, 'name', 'curve.py')
+    _, printed = run(tmp_path, block, lambda: exit_failed('curve.py', InputError('no such file')))
+    assert printed[0] == 'curve.py: error: process 1: no such file\n'
+
+
+def test_interrupt_of_one_process(tmp_path):
+    statuses, printed = run(tmp_path, block, lambda: fail(KeyboardInterrupt()))
+    assert statuses == [130, 130] and printed[0] == 'main.py: error: process 1: interrupted\n'
 
 
 def test_unexpected_error_of_one_process(tmp_path):
