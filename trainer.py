@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 from timm.data.random_erasing import RandomErasing
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
@@ -284,6 +284,8 @@ def build_optimizer(args, model):
     lr = args.lr * args.batch_size * args.accum_steps * world_size() / 512
     fused = {'fused': True} if args.opt == 'adamw' else {}                 # one kernel for all tensors
     try:
+        if get_optimizer_info(args.opt.removeprefix('lookahead_')).second_order:
+            raise ValueError('it takes second derivatives, which this code does not compute')
         return create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr, **fused})
     except (ValueError, AssertionError, IndexError, RuntimeError) as error:
         raise InputError(f'--opt {args.opt} cannot be used here: {error}') from None

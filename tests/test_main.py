@@ -115,6 +115,8 @@ def trees(image_folder, teacher, tmp_path):
     (['--model', 'vit_tiny_patch16_224', '--pretrained', '--eval'], 'know 1000 classes, the data has 10'),
     (['--model', 'no_such_model'], 'no_such_model'),
     (['--opt', 'no_such_optimizer'], 'no_such_optimizer'),
+    (['--opt', 'adahessian'], 'second derivatives'),
+    (['--opt', 'lookahead_adahessian'], 'second derivatives'),
     (['--data-set', 'CIFAR'], '--data-path'),
     (['--data-path', ''], 'needs --data-path'),
     (['--data-set', 'DIGITS', '--data-path', '{tree}'], '--data-set DIGITS'),
