@@ -30,7 +30,7 @@ from evit.settings import TokenSettings
 from export import InRuntime
 from measuring.benchmark import throughput             # noqa: F401, for code that imports it from here
 from measuring.benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, matrix_product, measured_pass,
-                                 peak_memory, stopwatch, time_in_turn)
+                                 peak_memory, stopwatch, time_in_turn, zero_heads)
 from measuring.plots import plot_throughput
 from models_evit import VARIANTS, obstacle
 from runtime.arguments import ArgumentParser, keep_rate, positive, timm_model
@@ -95,7 +95,11 @@ def build_candidate(candidate, fuse_token):
     if keep_rate is None and name in VARIANTS:
         keep_rate = VARIANTS[name].keep_rate
     tokens = None if keep_rate is None else TokenSettings(keep_rate, way=candidate.way_or(fuse_token))
-    return create_model(name, input_size=input_size, tokens=tokens).eval()
+    model = create_model(name, input_size=input_size, tokens=tokens).eval()
+    for head in zero_heads(model):                     # the output would not show whether a runtime works
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 @functools.cache
@@ -287,7 +291,7 @@ def parse_candidate(text):
     base, colon, size = text.partition(':')
     name, at, rate = base.partition('@')
     rate, way = re.fullmatch('(.*?)(?:-([a-z_]+))?', rate).groups()
-    timm_model(name)
+    name = timm_model(name)
     if at and name not in VARIANTS:
         with torch.device('meta'):                     # without weights
             reason = obstacle(timm.create_model(name))

@@ -142,7 +142,10 @@ def fill_model_arguments(args, parser, trained=None, as_evit=False):
                 parser.error(f'--token-counts takes no {flag_of(name)}')
     for name in MODEL_FLAGS:
         setattr(args, name, getattr(args, name) or trained.get(name))
-    args.model, args.pretrained = args.model or DEFAULT_MODEL, bool(args.pretrained)
+    try:
+        args.model, args.pretrained = timm_model(args.model or DEFAULT_MODEL), bool(args.pretrained)
+    except argparse.ArgumentTypeError as error:        # the name in the checkpoint
+        parser.error(f'the model of the checkpoint {error}; give --model')
     args.model_kwargs = dict(args.model_kwargs or {})
     args.input_size = args.input_size or input_of(args.model, args.pretrained)[0]
     try:

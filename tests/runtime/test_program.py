@@ -10,6 +10,8 @@ import pytest
 
 from conftest import ROOT
 
+HEEDS = {'preexec_fn': lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}           # also if pytest runs in the background
+
 PROGRAMS = ('main.py', 'curve.py', 'export.py', 'speed_test.py', 'loader_benchmark.py', 'folder2lmdb.py',
             'run_with_submitit.py', 'docs/token_merging.py')
 
@@ -18,7 +20,7 @@ def process(folder, code, program=ROOT / 'main.py', arguments=(), **options):
     """Start a program with a stand-in for torch that runs `code` when it is imported; → CompletedProcess."""
     (folder / 'torch.py').write_text(code)
     environment = {**os.environ, 'PYTHONPATH': str(folder), **options.pop('env', {})}
-    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, 'timeout': 60} | options
+    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, 'timeout': 60} | HEEDS | options
     return subprocess.run([sys.executable, program, *arguments], env=environment, **options)
 
 
@@ -68,7 +70,7 @@ def test_interrupt_that_something_swallows(code, tmp_path):
     second = 'import os, threading, time\nthreading.Timer(1.5, os.kill, (os.getpid(), 2)).start()\n' * ('sleep' in code)
     program = script(tmp_path, f'{INTERRUPT.splitlines()[0]}\n{second}try:\n    {INTERRUPT.splitlines()[1]}\n'
                                f'except BaseException:\n    {code}')
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60, **HEEDS)
     assert (done.returncode, done.stderr) == (130, 'program_of_test.py: interrupted\n')
 
 
