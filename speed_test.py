@@ -109,7 +109,7 @@ def read_accuracies():
     For the source timm, one program measured all models (results/results-imagenet.csv, August 2026). The figures of
     EViT are its authors'.
     """
-    with open(Path(__file__).parent / 'measuring' / 'imagenet_top1.csv', newline='') as file:
+    with open(Path(__file__).parent / 'measuring' / 'imagenet_top1.csv', newline='', encoding='utf-8') as file:
         return {(row['model'], int(row['img_size'])): (float(row['top1']), row['source'])
                 for row in csv.DictReader(file)}
 
@@ -275,7 +275,7 @@ def write_csv(path, rows):
     """Write the rows of `compare`, each with its protocol, under a header line."""
     columns = ['model', 'input_size', 'median', 'min', 'max', 'ratio', 'gmacs', 'mparams', 'memory_mib', 'share',
                'top1', 'source', 'failure', 'protocol']
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns, extrasaction='ignore')
         writer.writeheader()
         for row in rows:

@@ -358,7 +358,7 @@ def report_speed(name, model, input_size, output_dir=None, **settings):
     log(report)
     if output_dir and rank() == 0:
         folder = make_output_folder(output_dir)
-        (folder / 'speed_macs.txt').write_text(report + '\n')
+        (folder / 'speed_macs.txt').write_text(report + '\n', encoding='utf-8')
         append_line(folder / 'log.txt', {'speed_images_per_second': speed.median, 'speed_gmacs': gmacs})
 
 

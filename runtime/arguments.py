@@ -66,7 +66,7 @@ def token_counts(text):
     try:
         if not text.endswith('.json'):
             return block_numbers(text)
-        counts = json.loads(Path(text).read_text())
+        counts = json.loads(Path(text).read_text(encoding='utf-8'))
         if isinstance(counts, list) and all(type(item) is int for item in counts):
             return tuple(counts)
         reason = 'it holds no list of integers'

@@ -100,6 +100,20 @@ def test_encoding_of_the_console(encoding, shown, tmp_path):
     assert (done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding)) == (0, *2 * [f'{shown}\n'])
 
 
+def test_figures_on_a_machine_without_utf_8(tmp_path):
+    """On the console and in files."""
+    environment = os.environ | {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    measured = ['--device', 'cpu', '--input-size', '32', '--batch-size', '2']
+    for program, flags in (('main.py', ['--only-test-speed', '--model', 'test_vit2', '--output-dir', tmp_path, '--mixup', '0']),
+                           ('speed_test.py', ['--models', 'test_vit2', '--windows', '1', '--window-seconds', '0.01',
+                                              '--csv', tmp_path / 'a.csv'])):
+        done = subprocess.run([sys.executable, ROOT / program, *measured, *flags], capture_output=True, env=environment,
+                              timeout=120)
+        assert done.returncode == 0 and b'32x32' in done.stdout, done.stderr
+    for name in 'speed_macs.txt', 'a.csv':
+        assert '32×32' in (tmp_path / name).read_text(encoding='utf-8')
+
+
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 def test_reader_that_goes_away(unbuffered, tmp_path):
     """The work goes on, and errors that have a reader are shown."""
