@@ -65,6 +65,9 @@ class Job:
 def submit(argv):
     """Submit a job for a command line → submitit's Job."""
     args = program.parse_args(argv, get_args_parser())
+    if args.overwrite:
+        raise InputError('--overwrite does not go with a job, which resumes when it is requeued; give another '
+                         '--output-dir')
     if submitit is None:
         raise InputError('submitit is not installed; pip install -r requirements-submitit.txt')
     cpus = max(1, args.num_workers)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import check_weights, keep_rate_at, train_one_epoch
 from evit.pictures import draw_sheets
-from runtime.checkpoint import CheckpointWriter, load_weights
+from runtime.checkpoint import CheckpointWriter, checkpoints_of, load_weights
 from runtime.compiled_model import CompiledModel
 from runtime.distributed import StopSignal, Stopped, leave_process_group, log, rank, world_size
 from runtime.failures import Failures
@@ -67,6 +67,7 @@ class Trainer:
             args.epochs, args.eval_interval, args.checkpoint_interval)
         self.batch_size, self.accum_steps = args.batch_size, args.accum_steps
         self.output_dir, self.is_resumed, self.compiled = args.output_dir, bool(args.resume), args.compile
+        self.overwrites = args.overwrite
         self.is_finetuning, self.is_distilling = bool(args.finetune), args.distillation_type != 'none'
         erase = None
         if args.reprob:
@@ -74,7 +75,7 @@ class Trainer:
         self.train_one_epoch = partial(
             train_one_epoch, criterion=criterion, optimizer=self.optimizer, device=device, scaler=self.scaler,
             amp_dtype=amp_dtype, seed=args.seed, erase=erase, mixup=mixup, token_labeling=token_labeling,
-            model_ema=self.model_ema, clip_grad=args.clip_grad, accum_steps=args.accum_steps,
+            model_ema=self.model_ema, clip_grad=args.clip_grad or None, accum_steps=args.accum_steps,
             skip_nonfinite=args.skip_nonfinite, print_freq=args.print_freq)
         self.keep_rate_at = None
         if args.base_keep_rate is not None and not args.token_counts:      # an EViT whose rate falls
@@ -95,8 +96,10 @@ class Trainer:
                 'output folder')
         folder = make_output_folder(self.output_dir) if self.output_dir else None      # everywhere, to fail everywhere
         folder = folder if rank() == 0 else None
+        for path in checkpoints_of(folder) if folder and self.overwrites else ():
+            path.unlink()
         with (StopSignal(self.device) as self.stop, CheckpointWriter(folder) as self.writer,
-              RunLog(folder, self.epoch, self.is_resumed) as self.run_log):
+              RunLog(folder, 0 if self.overwrites else self.epoch, self.is_resumed or self.overwrites) as self.run_log):
             if Failures.group:
                 Failures.group.finish = self.writer.wait
             while self.epoch < self.epochs:
