@@ -26,8 +26,7 @@ from measuring.benchmark import report_speed
 from models_evit import is_lvvit
 from runtime.arguments import (ArgumentParser, HelpFormatter, add_run_arguments, fraction, natural, non_negative,
                                positive, timm_model, with_dashes, within)
-from runtime.checkpoint import (find_checkpoint, load_finetune, load_run, load_teacher, load_weights, read_flags,
-                                refuse_checkpoints)
+from runtime.checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights, read_flags
 from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
                                  world_size)
 from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments, flag_of
@@ -35,7 +34,7 @@ from runtime.preprocessing import input_of
 from runtime.program import run_program
 from runtime.utils import InputError, choose_amp_dtype, choose_kernels, seed_all
 from samplers import EvalSampler, TrainSampler
-from trainer import Trainer
+from trainer import Trainer, refuse_checkpoints
 from visualize_mask import visualize
 
 SHRINK_DEFAULTS = {'shrink_start_epoch': 10, 'shrink_epochs': 0}

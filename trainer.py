@@ -2,6 +2,7 @@
 import datetime
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import check_weights, keep_rate_at, train_one_epoch
 from evit.pictures import draw_sheets
-from runtime.checkpoint import CheckpointWriter, checkpoints_of, load_weights
+from runtime.checkpoint import BEST, NEWEST, PREVIOUS, CheckpointWriter, load_weights
 from runtime.compiled_model import CompiledModel
 from runtime.distributed import StopSignal, Stopped, leave_process_group, log, rank, world_size
 from runtime.failures import Failures
@@ -76,7 +77,7 @@ class Trainer:
             train_one_epoch, criterion=criterion, optimizer=self.optimizer, device=device, scaler=self.scaler,
             amp_dtype=amp_dtype, seed=args.seed, erase=erase, mixup=mixup, token_labeling=token_labeling,
             model_ema=self.model_ema, clip_grad=args.clip_grad or None, accum_steps=args.accum_steps,
-            skip_nonfinite=args.skip_nonfinite, print_freq=args.print_freq)
+            skip_nonfinite=args.skip_nonfinite, print_freq=args.print_freq, epochs=args.epochs)
         self.keep_rate_at = None
         if args.base_keep_rate is not None and not args.token_counts:      # an EViT whose rate falls
             self.keep_rate_at = partial(keep_rate_at, start_epoch=args.shrink_start_epoch,
@@ -98,8 +99,9 @@ class Trainer:
         folder = folder if rank() == 0 else None
         for path in checkpoints_of(folder) if folder and self.overwrites else ():
             path.unlink()
+        steps = self.epoch * len(self.loader) + self.start_step(len(self.loader))
         with (StopSignal(self.device) as self.stop, CheckpointWriter(folder) as self.writer,
-              RunLog(folder, 0 if self.overwrites else self.epoch, self.is_resumed or self.overwrites) as self.run_log):
+              RunLog(folder, self.epoch, steps, self.is_resumed, self.overwrites, self.args) as self.run_log):
             if Failures.group:
                 Failures.group.finish = self.writer.wait
             while self.epoch < self.epochs:
@@ -124,11 +126,14 @@ class Trainer:
         def keep_rate(step):
             return self.keep_rate_at(self.epoch * num_steps + step, num_steps)
 
+        def log_step(step, figures):
+            self.run_log.log_step(self.epoch * num_steps + step, figures)
+
         self.set_training_mode()
         self.loader.sampler.set_epoch(self.epoch, self.start_step(num_steps) * self.batch_size)
         progress = self.train_one_epoch(model, loader=self.loader, epoch=self.epoch, state=self.progress,
                                         keep_rate=keep_rate if self.keep_rate_at else None,
-                                        after_update=self.after_update)
+                                        after_update=self.after_update, log_step=log_step)
         stats = progress.summary()
         self.progress = progress.state_dict()
         return {f'train_{key}': value for key, value in stats.items()}
@@ -280,6 +285,18 @@ class EmaInMainMemory(ModelEmaV3):
                 average.lerp_(new, 1 - decay)
             else:
                 average.copy_(new)
+
+
+def checkpoints_of(folder):
+    """The checkpoints of the run in a folder, the newest first, as Paths."""
+    return [path for name in (NEWEST, PREVIOUS, BEST) if (path := Path(folder) / name).is_file()]
+
+
+def refuse_checkpoints(folder):
+    """Raise InputError if a new run would overwrite the checkpoints of another one."""
+    if found := checkpoints_of(folder):
+        raise InputError(f'{found[0]} exists: --resume auto goes on with its run, --overwrite begins anew and removes it; '
+                         'or give another --output-dir')
 
 
 def build_optimizer(args, model):

@@ -152,18 +152,6 @@ def find_checkpoint(resume, folder, device, required=False):
     return source
 
 
-def checkpoints_of(folder):
-    """The checkpoints of the run in a folder, the newest first, as Paths."""
-    return [path for name in (NEWEST, PREVIOUS, BEST) if (path := Path(folder) / name).is_file()]
-
-
-def refuse_checkpoints(folder):
-    """Raise InputError if a new run would overwrite the checkpoints of another one."""
-    if found := checkpoints_of(folder):
-        raise InputError(f'{found[0]} exists: --resume auto goes on with its run, --overwrite begins anew and removes it; '
-                         'or give another --output-dir')
-
-
 def newest_checkpoint(folder, device):
     """The newest undamaged checkpoint of a folder as a str, '' if the folder has none. All processes call this.
 

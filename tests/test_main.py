@@ -233,7 +233,7 @@ def test_flags_of_the_data_set(monkeypatch):
 def test_output_of_training(digits_run):
     done, folder = digits_run
     assert 'deit_tiny_patch16_shrink_base' in done.stdout and '1,437 training and 360 test images' in done.stdout
-    line = next(line for line in done.stdout.splitlines() if line.startswith('Epoch: [0]'))
+    line = next(line for line in done.stdout.splitlines() if line.startswith('Epoch: [0/'))
     assert all(name in line for name in ('[10/20]', 'eta:', 'loss:', 'lr:', 'keep_rate: 0.7', 'images/s:'))
     assert 'Accuracy of the network on the 360 test images: ' in done.stdout
     assert 'Accuracy of the EMA network on the 360 test images: ' in done.stdout
@@ -286,7 +286,7 @@ def test_resume_after_an_epoch(digits_run, tmp_path, capsys):
     main.main(parse_args([*PLAIN, '--epochs', '2', '--resume', str(folder / 'checkpoint.pth'), '--output_dir',
                           str(tmp_path)]))
     printed = capsys.readouterr().out
-    assert 'Epoch: [1]' in printed and 'Epoch: [0]' not in printed
+    assert 'Epoch: [1/' in printed and 'Epoch: [0/' not in printed
     assert [line['epoch'] for line in log_lines(tmp_path)] == [1] and checkpoint(tmp_path)['epoch'] == 1
 
 

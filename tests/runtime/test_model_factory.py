@@ -88,7 +88,7 @@ def test_registers_finetuned_evaluated_resumed_and_visualized(tmp_path, capsys):
     assert 'was trained with base_keep_rate 0.7, this run has 1.0' in capsys.readouterr().out
     main.main(parse_args([*REGISTERS, '--epochs', '2', '--resume', 'auto', '--output_dir', str(folder)]))
     resumed = capsys.readouterr().out
-    assert 'Epoch: [1]' in resumed and 'Epoch: [0]' not in resumed
+    assert 'Epoch: [1/' in resumed and 'Epoch: [0/' not in resumed
     main.main(parse_args([*REGISTERS, '--visualize_mask', '--n_visualization', '2', '--resume',
                           str(folder / 'checkpoint.pth'), '--output_dir', str(tmp_path / 'pictures')]))
     with Image.open(tmp_path / 'pictures' / 'img_0_l2.jpg') as picture:
