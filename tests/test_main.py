@@ -14,7 +14,7 @@ import visualize_mask
 from conftest import DEIT_TINY, PLAIN, TINY, UNCHANGED, open_picture, run_main
 from datasets import Digits
 from main import parse_args
-from outputs import assert_same, checkpoint, log_lines
+from outputs import assert_same, checkpoint, log_lines, tensorboard
 from runtime.preprocessing import Preprocessing
 from runtime.utils import InputError
 
@@ -101,6 +101,7 @@ def trees(image_folder, teacher, tmp_path):
     (['--eval', '--resume', '{root}/absent.pth'], 'absent.pth does not exist'),
     (['--eval', '--resume', 'auto'], 'has no checkpoint.pth'),
     (['--resume', 'auto', '--output_dir', ''], 'needs the --output-dir'),
+    (['--resume', 'auto', '--overwrite'], '--resume= --overwrite'),
     (['--eval', '--resume', '{root}/junk.pth'], 'junk.pth is not a checkpoint'),
     (['--resume', '{root}/junk.pth'], 'junk.pth is not a checkpoint'),
     (['--finetune', '{root}/junk.pth'], 'junk.pth is not a checkpoint'),
@@ -279,6 +280,53 @@ def test_training_by_one_and_two_processes(image_folder, tmp_path):
     for one, two in zip(*(log_lines(tmp_path / name) for name in '12'), strict=True):
         for key in ('train_loss', 'test_loss', 'test_ema_loss', 'test_acc1'):
             assert one[key] == pytest.approx(two[key], rel=1e-5), key
+
+
+def test_folder_that_holds_a_run(digits_run, tmp_path, capsys):
+    """A new run is refused there, whichever checkpoint it is, and begins anew with --overwrite."""
+    folder = shutil.copytree(digits_run[1], tmp_path / 'run')
+    flags = [*PLAIN, '--epochs', '1', '--output_dir', str(folder), '--seed', '1']
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match='checkpoint.pth exists: --resume auto .* --overwrite'):
+        main.main(parse_args(flags))
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for name in 'checkpoint.pth', 'previous_checkpoint.pth':
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match='best_checkpoint.pth exists'):
+        main.main(parse_args(flags))
+    (folder / 'checkpoint.pth').write_bytes(b'')       # whatever it is
+    main.main(parse_args([*flags, '--overwrite', '--lr', '0', '--min-lr', '0', '--model-ema-decay', '1']))
+    line, = log_lines(folder)
+    assert line['train_loss'] > 2.2 and len(tensorboard(folder)['train/loss']) == 1
+    assert len(tensorboard(folder / 'steps')['step/loss']) == 2
+    assert checkpoint(folder, 'best_checkpoint.pth')['best_acc1'] == line['test_acc1'] < 30
+    assert not (folder / 'previous_checkpoint.pth').exists()
+    main.main(parse_args([*PLAIN, '--epochs', '1', '--output_dir', str(folder), '--resume', 'auto']))
+    assert 'Nothing is left to train' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flags, note', [
+    (['--shrink_start_epoch', '10', '--epochs', '3'], 'reaches 0.7 after 10 + 0 epochs, but the run has 3: the last one '
+                                                      'ends at 1;'),
+    (['--shrink_start_epoch', '3', '--epochs', '3'], 'the last one ends at 1;'),
+    (['--shrink_epochs', '4', '--epochs', '2'], 'the last one ends at 0.85'),
+    (['--shrink_epochs', '3', '--epochs', '3'], ''), (['--shrink_start_epoch', '9', '--base_keep_rate', '1'], ''),
+    (['--warmup-epochs', '3', '--epochs', '3'], 'the warm-up of 3 epochs is not shorter than the run of 3: '),
+    (['--warmup-epochs', '2', '--epochs', '3'], ''),
+    (['--model-ema', '--epochs', '3'], 'covers 25,000 updates, but the run has 60: '),
+    (['--model-ema', '--epochs', '3', '--accum-steps', '7'], 'but the run has 9: '),
+    (['--model-ema', '--epochs', '3', '--model-ema-decay', '0.9'], '')], ids=lambda value: ''.join(value)[:40])
+def test_notes_on_the_length_of_the_run(flags, note, capsys):
+    main.log_notes(parse_args([*TINY, '--no-model-ema', *flags]), num_steps=20)
+    printed = capsys.readouterr().out
+    assert printed.count('note: ') == printed.count('\n') == bool(note) and note in printed
+
+
+def test_start_of_the_schedule_by_default():
+    """Trained weights need no epochs with all tokens."""
+    for flags, start in (([], 10), (['--finetune', 'a'], 0), (['--pretrained'], 0),
+                         (['--pretrained', '--shrink-start-epoch', '4'], 4)):
+        assert parse_args(['--model', 'deit_tiny_patch16_224', '--fuse_token', *flags]).shrink_start_epoch == start
 
 
 def test_resume_after_an_epoch(digits_run, tmp_path, capsys):

@@ -58,6 +58,13 @@ def test_no_setting_of_a_particular_site(submitit):
     assert submitit.folder == 'runs/submitit/%j'
 
 
+def test_overwrite(submitit, capsys):
+    """Each time that it is requeued, the job would begin anew."""
+    with pytest.raises(SystemExit):
+        run([*FLAGS, '--overwrite'])
+    assert 'does not go with a job' in capsys.readouterr().err and not hasattr(submitit, 'job')
+
+
 def test_without_gpus(submitit):
     run([*FLAGS, '--ngpus', '0'])
     assert submitit.parameters['ntasks_per_node'] == 1 and 'gpus_per_node' not in submitit.parameters

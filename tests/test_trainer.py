@@ -313,6 +313,12 @@ def test_erasing_flags(flags, expected):
     assert expected == (erase and (erase.probability, erase.per_pixel, erase.rand_color, erase.max_count))
 
 
+def test_no_clipping():
+    """0 is none, as for mixup and cutmix."""
+    for flags in ([], ['--clip-grad', '0']):
+        assert build_trainer(parse_args([*TINY, *flags])).train_one_epoch.keywords['clip_grad'] is None
+
+
 def test_flags_of_an_epoch():
     """`train_one_epoch` receives each flag."""
     expected = dict(seed=5, clip_grad=0.3, accum_steps=2, skip_nonfinite=4, print_freq=9, amp_dtype=torch.bfloat16)
