@@ -19,7 +19,7 @@ from formats.lmdb_dataset import ImageFolderLMDB
 from runtime.arguments import natural, positive
 from runtime.distributed import cores_per_process
 from runtime.preprocessing import Preprocessing
-from runtime.utils import InputError, seed_all
+from runtime.utils import InputError, missing_split, seed_all
 
 DIGITS = 'DIGITS', 'BOARD_DIGITS'
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
@@ -187,7 +187,7 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
     if use_lmdb:
         return ImageFolderLMDB(root / f'{split}.lmdb', transform, num_classes=nb_classes, decode=decode)
     if not (root / split).is_dir():
-        raise InputError(f'--data-path {root} has no {split}/ folder; {split}/<class>/<image> is expected')
+        raise missing_split('--data-path', root, split)
     try:
         return ImageFolder(root / split, transform, loader=load)
     except FileNotFoundError as error:

@@ -24,7 +24,7 @@ from formats.decoding import load_image
 from formats.lmdb_dataset import ImageFolderLMDB, empty_record, encode_tables, image_key, open_database
 from runtime.arguments import ArgumentParser, positive
 from runtime.program import run_program
-from runtime.utils import DataError, InputError, atomic_write, one_line
+from runtime.utils import DataError, InputError, atomic_write, missing_split, one_line
 
 __all__ = ['ImageFolderLMDB', 'convert', 'verify']     # ImageFolderLMDB: imported from here by older code
 
@@ -191,7 +191,7 @@ def convert_all(folders, workers=1, force=False):
     """Convert each tree `folder` to `folder`.lmdb; all are checked before the first, which may take an hour."""
     for folder in folders:
         if not os.path.isdir(folder):
-            raise InputError(f'{folder} is not a folder; {folder}/<class>/<image> is expected')
+            raise missing_split('--dir', *os.path.split(folder))
         if os.path.isdir(f'{folder}.lmdb'):
             raise InputError(f'{folder}.lmdb is a folder; remove it first')
         if os.path.exists(f'{folder}.lmdb') and not force:
@@ -208,7 +208,7 @@ def verify_all(folders, workers):
     for folder in folders:
         present = [path for path in (folder, f'{folder}.lmdb') if os.path.exists(path)]
         if not present:
-            raise InputError(f'neither {folder} nor {folder}.lmdb exists')
+            raise missing_split('--dir', *os.path.split(folder), f' and no {os.path.basename(folder)}.lmdb')
         paths += present
     return sum(verify(path, workers) for path in paths)
 

@@ -34,7 +34,7 @@ from runtime.arguments import ArgumentParser, positive, timm_model
 from runtime.distributed import ignore_stop_signals, kill_workers
 from runtime.preprocessing import Preprocessing, pretrained_input
 from runtime.program import run_program
-from runtime.utils import InputError, choose_kernels
+from runtime.utils import choose_kernels, missing_split
 from samplers import EvalSampler, TrainSampler
 
 # The training transform of DeiT (Touvron et al., 2021, table 9)
@@ -126,7 +126,7 @@ def pipelines(data_path, is_train, protocol):
     split = 'train' if is_train else 'val'
     folder, database = Path(data_path, split), Path(data_path, f'{split}.lmdb')
     if not folder.is_dir() and not database.exists():
-        raise InputError(f'--data-path {data_path} has neither {folder.name}/ nor {database.name}')
+        raise missing_split('--data-path', data_path, split, f' and no {database.name}')
     settings = dict(is_train=is_train, batch_size=protocol.batch_size, device=protocol.device)
     transform = plain_transform(is_train, protocol.input_size, protocol.preprocessing)
     plain = ImageFolder(folder, transform) if folder.is_dir() else ImageFolderLMDB(database, transform)

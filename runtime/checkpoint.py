@@ -186,7 +186,9 @@ WEIGHTS = 'model', 'state_dict', 'model_ema', 'state_dict_ema'             # our
 
 
 def load_checkpoint(source):
-    """Read a checkpoint from a file or an https address to the CPU, without running code that it may contain.
+    """Read a checkpoint from a file, the newest of a folder, or an https address, to the CPU.
+
+    Code that it may contain is not run.
 
     Checkpoints of the original code contain an argparse.Namespace, the only class allowed beside tensors and
     containers.
@@ -196,6 +198,9 @@ def load_checkpoint(source):
     Raises:
         InputError: the file does not exist or cannot be read; DamagedCheckpoint: it is no checkpoint.
     """
+    if os.path.isdir(source):                          # the output folder of a run
+        source = next((str(path) for name in (NEWEST, PREVIOUS) if (path := Path(source) / name).is_file()),
+                      str(Path(source) / NEWEST))
     if not source.startswith('https://') and not os.path.isfile(source):
         raise InputError(f'checkpoint {source} does not exist')
     try:

@@ -2,6 +2,7 @@
 import datetime
 import json
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -133,6 +134,8 @@ class Progress:
 
 def make_output_folder(path):
     """Create a folder if it is missing → Path; InputError if it cannot be written to."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise InputError(f'--output-dir {path} is a file; name a folder, which is made if it is missing')
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -15,6 +15,7 @@ from conftest import DEIT_TINY, PLAIN, TINY, UNCHANGED, open_picture, run_main
 from datasets import Digits
 from main import parse_args
 from outputs import assert_same, checkpoint, log_lines, tensorboard
+from runtime.checkpoint import load_checkpoint
 from runtime.preprocessing import Preprocessing
 from runtime.utils import InputError
 
@@ -143,7 +144,7 @@ def trees(image_folder, teacher, tmp_path):
     (['--distillation-type', 'hard', '--teacher-path', '{root}/teacher.pth', '--teacher-model', 'deit_tiny_patch16_224',
       '--model', 'deit_tiny_distilled_patch16_shrink_base'], 'no images of 32 pixels'),
     (['--opt', 'adan', '--opt-betas', '.8', '.9'], '--opt adan'),
-    (['--output_dir', '{root}/junk.pth'], 'junk.pth cannot be made'),
+    (['--output_dir', '{root}/junk.pth'], 'junk.pth is a file; name a folder'),
     (['--data-set', 'CIFAR', '--data-path', '{root}'], 'cifar-100-python'),
     (['--data-set', 'INAT', '--data-path', '{root}'], 'categories.json'),
     (['--mixup', '0.8', '--batch-size', '3'], 'odd'),
@@ -154,6 +155,9 @@ def trees(image_folder, teacher, tmp_path):
     (['--model-kwargs', 'patch_size'], "'patch_size' is not KEY=VALUE"),
     (['--model-kwargs', '=3'], "'=3' is not KEY=VALUE"),
     (['--model-kwargs', 'no_such_argument=3'], 'no_such_argument'),
+    (['--model-kwargs', 'deph=6'], 'deit_tiny_patch16_shrink_base has no argument deph, but depth, act_layer, attn_drop_rate, '),
+    (['--resume', '{root}/empty'], 'empty/checkpoint.pth does not exist'),
+    (['--data-path', '{tree}/train'], '/train has no train/ folder; train/<class>/<image> is expected; give {tree}?'),
     (['--model-kwargs', 'embed_dim=100'], "with --model-kwargs {'embed_dim': 100}"),
     (['--model-kwargs', 'patch_size=0'], '--model-kwargs'),
     (['--model-kwargs', 'act_layer=no_such_layer'], 'no_such_layer'),
@@ -166,7 +170,7 @@ def test_wrong_input(flags, named, trees, image_folder, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('CXX', 'no_such_compiler')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    flags = [flag.format(root=trees, tree=image_folder) for flag in flags]
+    flags, named = [flag.format(root=trees, tree=image_folder) for flag in flags], named.replace('{tree}', str(image_folder))
     monkeypatch.setattr(sys, 'argv', ['main.py', *DEIT_TINY, *UNCHANGED, '--output_dir', 'out', *flags])
     with pytest.raises(SystemExit) as exit_:
         main.run()
@@ -327,6 +331,18 @@ def test_start_of_the_schedule_by_default():
     for flags, start in (([], 10), (['--finetune', 'a'], 0), (['--pretrained'], 0),
                          (['--pretrained', '--shrink-start-epoch', '4'], 4)):
         assert parse_args(['--model', 'deit_tiny_patch16_224', '--fuse_token', *flags]).shrink_start_epoch == start
+
+
+def test_output_folder_as_a_checkpoint(digits_run, tmp_path):
+    """Its newest one, in each program and for each flag."""
+    import export
+    folder = shutil.copytree(digits_run[1], tmp_path / 'run')
+    assert_same(load_checkpoint(str(folder)), load_checkpoint(str(folder / 'checkpoint.pth')))
+    assert parse_args(['--eval', '--resume', str(folder)]).drop_loc == (1, 2, 3)
+    flags = ['--format', 'pt2', '--output', str(tmp_path / 'a.pt2')]
+    assert export.parse_args(['--resume', str(folder), *flags])[0].drop_loc == (1, 2, 3)
+    (folder / 'checkpoint.pth').rename(folder / 'previous_checkpoint.pth')             # killed while it was renamed
+    assert load_checkpoint(str(folder))['epoch'] == 0
 
 
 def test_resume_after_an_epoch(digits_run, tmp_path, capsys):
