@@ -264,6 +264,27 @@ def test_evaluation_of_a_checkpoint(digits_run, capsys):
     assert 'trained with base_keep_rate 0.7, this run has 0.3' in other_rate
 
 
+def test_evaluation_with_the_flags_of_the_checkpoint(digits_run, tmp_path, capsys):
+    """Those that are not given are the checkpoint's, as in export.py; given ones win, and differences are said."""
+    done, folder = digits_run
+    flags = ['--resume', str(folder / 'checkpoint.pth'), '--device', 'cpu', '--num-workers', '0']
+    main.main(parse_args([*flags, '--eval']))
+    printed = capsys.readouterr().out
+    assert accuracy_lines(printed) == accuracy_lines(done.stdout) and 'note' not in printed
+    main.main(parse_args([*flags, '--visualize-mask', '--n-visualization', '2', '--no-fuse-token', '--output-dir',
+                          str(tmp_path)]))
+    printed = capsys.readouterr().out
+    assert printed.count('note: ') == 2 and 'trained with fuse_token True, this run has False' in printed
+    assert 'trained with token_way fuse, this run has drop' in printed and (tmp_path / 'grid.png').exists()
+
+
+@pytest.mark.parametrize('depth, blocks', [(12, (3, 6, 9)), (6, (1, 3, 4)), (16, (4, 8, 12))])
+def test_reorganising_blocks_follow_the_depth(depth, blocks):
+    args = parse_args(['--model', 'deit_tiny_patch16_shrink_base', '--model-kwargs', f'depth={depth}'])
+    with torch.device('meta'):
+        assert args.drop_loc == main.build_model(args, 10).token_settings.drop_loc == blocks
+
+
 def test_evaluation_by_two_processes(digits_run):
     """Without --dist-eval; `test_training_by_one_and_two_processes` has it."""
     done, folder = digits_run
