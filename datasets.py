@@ -20,7 +20,7 @@ from formats.lmdb_dataset import ImageFolderLMDB
 from runtime.arguments import natural, positive
 from runtime.distributed import cores_per_process
 from runtime.preprocessing import Preprocessing
-from runtime.utils import InputError, seed_all
+from runtime.utils import InputError, missing_split, seed_all
 
 DIGITS = 'DIGITS', 'BOARD_DIGITS'
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
@@ -136,7 +136,7 @@ def _read_json(path):
     if not path.is_file():
         raise InputError(f'{path} is missing; iNaturalist needs it beside the images')
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise InputError(f'{path} is not JSON: {error}') from None
 
@@ -194,7 +194,7 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
     if use_lmdb:
         return ImageFolderLMDB(root / f'{split}.lmdb', transform, num_classes=nb_classes, decode=decode)
     if not (root / split).is_dir():
-        raise InputError(f'--data-path {root} has no {split}/ folder; {split}/<class>/<image> is expected')
+        raise missing_split('--data-path', root, split)
     return ImageFolder(root / split, transform, loader=load)
 
 

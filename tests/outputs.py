@@ -24,7 +24,8 @@ def result(folder):
     for state in checkpoints:
         del state['args']                                                  # args contain the output folder
     timeless = [{key: value for key, value in line.items() if not is_time(key)} for line in log_lines(folder)]
-    return [*checkpoints, timeless, {tag: points for tag, points in tensorboard(folder).items() if not is_time(tag)}]
+    return [*checkpoints, timeless, *({tag: points for tag, points in tensorboard(run).items() if not is_time(tag)}
+                                      for run in (folder, Path(folder) / 'steps'))]
 
 
 def is_time(name):
@@ -42,6 +43,8 @@ def tensorboard(folder):
             for tag, old in points.items():
                 points[tag] = [point for point in old if point[0] < event.step]
         for value in event.summary.value:
+            if value.HasField('tensor'):                                   # the flags, which contain the output folder
+                continue
             shown = value.image.encoded_image_string or value.simple_value
             points.setdefault(value.tag, []).append((event.step, shown))
     return points
