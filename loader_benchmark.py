@@ -111,7 +111,7 @@ def our_batches(dataset, num_workers, is_train, batch_size, device, preprocessin
 
 
 def pipelines(data_path, is_train, protocol):
-    """Yield the pipelines of a split, the plain one first: one for each storage and each resize.
+    """Yield the pipelines of a split, the plain one first: one for each storage and each transform.
 
     Raises:
         InputError: there are neither image files nor a database.
@@ -124,13 +124,13 @@ def pipelines(data_path, is_train, protocol):
     transform = plain_transform(is_train, protocol.input_size, protocol.preprocessing)
     plain = ImageFolder(folder, transform) if folder.is_dir() else ImageFolderLMDB(database, transform)
     yield Pipeline(f'{split}, {type(plain).__name__}, plain', plain, functools.partial(plain_batches, **settings))
-    for use_lmdb, fast_resize in itertools.product((False, True), (False, True) if is_train else (False,)):
+    for use_lmdb, fast_transforms in itertools.product((False, True), (False, True) if is_train else (False,)):
         if (database if use_lmdb else folder).exists():
             dataset = build_dataset(is_train, data_set='IMNET', data_path=data_path, use_lmdb=use_lmdb,
-                                    input_size=protocol.input_size, fast_resize=fast_resize,
+                                    input_size=protocol.input_size, fast_transforms=fast_transforms,
                                     train_interpolation=protocol.preprocessing.interpolation,
                                     preprocessing=protocol.preprocessing, **AUGMENTATION)
-            yield Pipeline(f'{split}, {type(dataset).__name__}{", --fast-resize" if fast_resize else ""}', dataset,
+            yield Pipeline(f'{split}, {type(dataset).__name__}{", --fast-transforms" if fast_transforms else ""}', dataset,
                            functools.partial(our_batches, preprocessing=protocol.preprocessing, **settings))
 
 
@@ -186,7 +186,8 @@ def time_stages(pipeline, num_images=256):
     """
     dataset = pipeline.dataset
     steps, dataset.transform = dataset.transform.transforms, None
-    stages = [('read and decode', lambda index: dataset[index][0]), *((type(step).__name__, step) for step in steps)]
+    first = 'read' if type(steps[0]).__name__ == 'DecodedCrop' else 'read and decode'
+    stages = [(first, lambda index: dataset[index][0]), *((type(step).__name__, step) for step in steps)]
     stages.append(('batch', None))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     times = {name: [] for name, _ in stages}
