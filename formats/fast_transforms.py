@@ -130,8 +130,8 @@ class ByPillow:
 
 # --- Colours --------------------------------------------------------------------------------------------------------
 # Each operation has the name and the arguments of timm's: an array, the value that was drawn, further settings. Values
-# are computed as by Pillow, which truncates where it blends: the results of all but `color` and `sharpness` are equal,
-# as long as the mean for `contrast` is.
+# are computed as by Pillow, which truncates where it blends. The results of tables are equal to Pillow's, except that the
+# mean for `contrast` may be rounded otherwise; those of `color` and `sharpness` differ by a level here and there.
 
 LEVELS = np.arange(256)
 
@@ -142,8 +142,8 @@ def table(values):
 
 
 def auto_contrast(pixels, **_):
-    low = cv2.reduce(pixels, 0, cv2.REDUCE_MIN).min(1)[0].astype(float)    # (3,), by columns first, the faster way
-    high = cv2.reduce(pixels, 0, cv2.REDUCE_MAX).max(1)[0].astype(float)
+    low = pixels.min(0).min(0).astype(float)           # (3,); over both at once, numpy takes forty times as long
+    high = pixels.max(0).max(0).astype(float)
     scale = 255 / np.maximum(high - low, 1)
     stretched = LEVELS[:, None] * scale - low * scale
     return cv2.LUT(pixels, table(np.where(high > low, stretched, LEVELS[:, None]))[None])

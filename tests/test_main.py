@@ -219,7 +219,7 @@ def accuracy_lines(printed):
 def test_flags_of_the_data_set(monkeypatch):
     """`build_dataset` receives each flag."""
     given = {'data_set': 'IMNET', 'data_path': 'a', 'use_lmdb': True, 'nb_classes': 7, 'inat_category': 'genus',
-             'input_size': 96, 'fast_resize': True, 'color_jitter': 0.1, 'aa': 'augmix',
+             'input_size': 96, 'fast_transforms': True, 'color_jitter': 0.1, 'aa': 'augmix',
              'train_interpolation': 'random'}
     flags = [word for name, value in given.items()
              for word in ([f'--{name}'] if value is True else [f'--{name}', str(value)])]
