@@ -47,15 +47,15 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         state: `Progress.state_dict` of the part of the epoch that is done.
         after_update: called with the Progress after each update but the last.
     Returns:
-        The Progress of the epoch. Its summary has the mean loss and images_per_second over all processes, the last lr
-        and keep_rate, and skipped_steps if there were any.
+        The Progress of the epoch. Its summary has the mean loss and images_per_second over all processes, loader_wait,
+        the last lr and keep_rate, and skipped_steps if there were any.
     Raises:
         FloatingPointError: a loss is not finite, or a weight after the last step. Without `skip_nonfinite` this is
             noticed only where the loss is logged or saved, so that no step waits for the device.
     """
     progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True, state=state)
     skips = False                                                          # whether this update is skipped
-    for step, (images, labels, *token_labels) in enumerate(loader, start=progress.step):
+    for step, (images, labels, *token_labels) in enumerate(progress.batches_of(loader), start=progress.step):
         # For erasing, mixup, MixToken, dropout, drop path. The 1 keeps these keys apart from those of TrainSampler
         seed_all(seed, epoch, step, 1 + rank())
         images, labels, mixed = augment(images, labels, token_labels, erase, mixup, token_labeling)

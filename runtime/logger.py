@@ -1,5 +1,6 @@
 """What a run reports: lines on the console, log.txt, TensorBoard."""
 import datetime
+import itertools
 import json
 import math
 import tempfile
@@ -51,6 +52,7 @@ class Progress:
         self.first_images = self.last_images = self.images
         self.start_step = self.step
         self.start = self.last_time = time.perf_counter()
+        self.waited = None                             # seconds for batches of `batches_of`, in this process
 
     def state_dict(self):
         """The pass so far, of all processes; raises FloatingPointError as a line would."""
@@ -60,6 +62,18 @@ class Progress:
         return {'step': self.step, 'num_steps': self.num_steps, 'images': self.images, 'skipped': self.skipped,
                 'skipped_in_a_row': self.skipped_in_a_row, 'loss_sums': all_reduce(loss_sums).cpu(),
                 'values': self.values}
+
+    def batches_of(self, loader):
+        """The batches of a loader; measures the time in which they are waited for, but for the first: workers start."""
+        batches, self.waited = iter(loader), 0.
+        yield from itertools.islice(batches, 1)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def add_batch(self, loss, num_images, counts=True, **values):
         """Add a batch: its mean loss (0-d, or None), its size, whether the figures count it, values to print."""
@@ -102,19 +116,27 @@ class Progress:
         seconds = (now - self.start) / (self.step - self.start_step) * (self.num_steps - self.step)
         speed = (self.images - self.last_images) / (now - self.last_time)
         self.last_time, self.last_images = now, self.images
+        waits = [] if self.waited is None else [f'loader_wait: {self.waited / (now - self.start):.2f}']
         parts = [f'{self.title} [{self.step:{len(str(self.num_steps))}}/{self.num_steps}]',
                  f'eta: {datetime.timedelta(seconds=round(seconds))}', *losses,
-                 *(f'{key}: {value:.4g}' for key, value in self.values.items()), f'images/s: {speed:.0f}']
+                 *(f'{key}: {value:.4g}' for key, value in self.values.items()), f'images/s: {speed:.0f}', *waits]
         if self.device.type == 'cuda':
             parts.append(f'memory: {torch.cuda.max_memory_allocated(self.device) / 2 ** 20:.0f} MiB')
         log('  '.join(parts))
 
     def summary(self):
-        """The figures of the whole pass: mean loss, images/s of the part in this process, the last values."""
+        """The figures of the whole pass: mean loss, the last values; of the part in this process images/s, loader_wait.
+
+        The latter is the share of the time in which the step waited for `batches_of`, the largest of all processes.
+        """
         seconds = time.perf_counter() - self.start
+        waits = {}
+        if self.waited is not None:
+            share = torch.tensor(self.waited / seconds, device=self.device)
+            waits['loader_wait'] = (all_reduce(share, dist.ReduceOp.MAX) if self.lockstep else share).item()
         skipped = {'skipped_steps': self.skipped} if self.skipped else {}
         return {'loss': self.mean_loss(), 'images_per_second': (self.images - self.first_images) / seconds,
-                **self.values, **skipped}
+                **waits, **self.values, **skipped}
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------
