@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import PIL
+import cv2
+import simplejpeg
 import torch
 import torchvision
 from timm.data import create_transform
@@ -59,7 +61,8 @@ class LoadingProtocol:
     def __str__(self):
         return (f'batches of {self.batch_size} of {self.input_size}×{self.input_size}, normalised float32 on '
                 f"{device_name(self.device)}; DeiT's training transform; torch {torch.__version__}, "
-                f'torchvision {torchvision.__version__}, Pillow {PIL.__version__}; median [min–max] of {self.windows} '
+                f'torchvision {torchvision.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}, '
+                f'simplejpeg {simplejpeg.__version__}; median [min–max] of {self.windows} '
                 f'windows of at least {self.window_seconds:g} s; a core: one process of one thread; all: '
                 f'{self.num_workers} workers')
 
@@ -70,7 +73,7 @@ class Pipeline(NamedTuple):
     """A way from stored images to batches for a model.
 
     Args:
-        name: split, class of the data set, variant.
+        name: split, class of the data set, shorter side of re-encoded images, variant.
         dataset: of (transformed image, label).
         batches: function (dataset, number of workers) → iterator over the images of an epoch, normalised float32
             (B, 3, S, S) on the device.
@@ -130,7 +133,10 @@ def pipelines(data_path, is_train, protocol):
                                     input_size=protocol.input_size, fast_transforms=fast_transforms,
                                     train_interpolation=protocol.preprocessing.interpolation,
                                     preprocessing=protocol.preprocessing, **AUGMENTATION)
-            yield Pipeline(f'{split}, {type(dataset).__name__}{", --fast-transforms" if fast_transforms else ""}', dataset,
+            reencoding = getattr(dataset, 'reencoding', None)
+            name = f'{split}, {type(dataset).__name__}' + (f' of {reencoding.short_side}' if reencoding else '')
+            name += ', --fast-transforms' if fast_transforms else ''
+            yield Pipeline(name, dataset,
                            functools.partial(our_batches, preprocessing=protocol.preprocessing, **settings))
 
 

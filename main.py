@@ -358,6 +358,11 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
         images = f'{len(loader_train.dataset):,} training and {images}'
     log(f'{args.model}: {num_parameters:,} parameters; {args.data_set}: {images}; '
         f'{world_size()} process(es) on {device.type}, {amp_dtype}')
+    for name, loader in ('train.lmdb', loader_train), ('val.lmdb', loader_val):
+        dataset = getattr(loader, 'dataset', None)
+        dataset = getattr(dataset, 'dataset', dataset)                     # in a SeededDataset
+        if getattr(dataset, 'reencoding', None):
+            log(f'{name}: images are {dataset.reencoding}')
 
 
 def evaluate_rates(args, model, loader_train, loader_val, device, amp_dtype):
