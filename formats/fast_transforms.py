@@ -228,16 +228,17 @@ class ColorJitter(transforms.ColorJitter):
 def affine(pixels, matrix, fillcolor, resample):
     """Pillow's `transform` by an affine matrix: where in the input, in pixels, a point of the output lies.
 
+    The interpolation is bilinear in any case: cubic, all of RandAugment would take twice as long.
+
     Args:
         matrix: a, b, c, d, e, f: the point (x, y) lies at (ax + by + c, dx + ey + f).
-        resample: Pillow's number of an interpolation, or a tuple of which one is drawn, as timm does.
+        resample: an interpolation of Pillow, or a tuple of which timm draws one.
     """
     if isinstance(resample, (tuple, list)):
-        resample = random.choice(resample)
+        random.choice(resample)                        # for the draws after it
     matrix = np.reshape(matrix, (2, 3)).astype(float)
     matrix[:, 2] += (matrix[:, 0] + matrix[:, 1] - 1) / 2                  # OpenCV's points are the centres of pixels
-    flag = cv2.INTER_CUBIC if resample == Image.Resampling.BICUBIC else cv2.INTER_LINEAR
-    return cv2.warpAffine(pixels, matrix, pixels.shape[1::-1], flags=flag | cv2.WARP_INVERSE_MAP,
+    return cv2.warpAffine(pixels, matrix, pixels.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                           borderMode=cv2.BORDER_CONSTANT, borderValue=fillcolor)
 
 
