@@ -27,6 +27,8 @@ HYPERPARAMETERS = {'lr', 'initial_lr', 'max_lr_snapshot', 'weight_decay', 'betas
                    'momentum', 'fused'}
 PLATEAU_STATE = {'best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch', '_last_lr'}
 
+LONG_WAIT = 0.2                                        # share of an epoch that is worth a line
+
 
 class Trainer:
     """A training run: the state that a checkpoint holds, and the loop over epochs that changes it.
@@ -136,6 +138,9 @@ class Trainer:
                                         keep_rate=keep_rate if self.keep_rate_at else None,
                                         after_update=self.after_update, log_step=log_step)
         stats = progress.summary()
+        if stats['loader_wait'] > LONG_WAIT:
+            log(f'Epoch: [{self.epoch}] {stats["loader_wait"]:.0%} of the time was spent waiting for images; more '
+                '--num-workers, --fast-transforms, or LMDB (folder2lmdb.py, --use-lmdb) may help: docs/data.md')
         self.progress = progress.state_dict()
         return {f'train_{key}': value for key, value in stats.items()}
 
