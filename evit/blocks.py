@@ -7,6 +7,7 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block
 
+from evit.attention_kernel import attention, is_chosen
 from evit.reorganization import SCORES, WAYS, Reorganization, size_bias
 from evit.settings import num_kept
 
@@ -15,17 +16,20 @@ from evit.settings import num_kept
 class ScoringAttention:
     """Mixin for an attention of timm, which then also returns the scores that rank the tokens.
 
-    Modifications: with `score`, it always uses scaled_dot_product_attention, and never forms the (N, N) matrix.
+    Modifications: `attention` has scaled_dot_product_attention always used, except in 16-bit inference on a CPU, where
+    the faster form is. The scores never need the (N, N) matrix.
     """
 
-    def forward(self, x, score=None, attn_mask=None, **kwargs):
+    def forward(self, x, score=None, attn_mask=None, is_causal=False, **kwargs):
         """(B, N, C) → (B, N, C), and with `score`, a function of `SCORES`, the scores (B, N), after any rotation."""
-        if score is None:
+        if is_causal:
+            kwargs['is_causal'] = True                 # older versions of timm have no such argument
+        if score is None and (is_causal or not is_chosen(x)):
             return super().forward(x, attn_mask=attn_mask, **kwargs)
         q, k, v = self.project(x, **kwargs)                                            # (B, H, N, D) each
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.)
-        x = self.norm(x.transpose(1, 2).flatten(2))                                    # (B, N, C)
-        return self.proj_drop(self.proj(x)), score(q, k, v, self.scale, attn_mask)
+        x = attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.)
+        x = self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))         # (B, N, C)
+        return x if score is None else (x, score(q, k, v, self.scale, attn_mask))
 
     def project(self, x, rope=None):
         """(B, N, C) → queries, keys and values, (B, H, N, D) each; `rope` rotates queries and keys of the patches."""
