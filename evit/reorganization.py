@@ -4,6 +4,8 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from evit.gather import gather_rows
+
 
 class Reorganization(NamedTuple):
     """What a block did with N tokens.
@@ -39,7 +41,7 @@ def reorganize_tokens(tokens, scores, k, fuse=False):
         tokens (B, k, C), or (B, k + 1, C) with the fused one, and their positions in the input (B, k).
     """
     idx = scores.topk(k, dim=1, sorted=False).indices                                  # (B, k)
-    remaining = tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))   # (B, k, C)
+    remaining = gather_rows(tokens, idx)                                               # (B, k, C)
     if fuse:
         # Kept tokens get weight 0, which saves computing the complement of idx. Without autocast, because casting
         # all tokens would cost more than this product saves.
@@ -85,7 +87,7 @@ def merge_tokens(tokens, scores, k, sizes=None):
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         sizes = torch.ones_like(scores, dtype=dtype) if sizes is None else sizes
         order = scores.argsort(dim=1, descending=True)                                 # (B, N)
-        rows = tokens.to(dtype).gather(1, order.unsqueeze(-1).expand_as(tokens))       # (B, N, C)
+        rows = gather_rows(tokens.to(dtype), order)                                    # (B, N, C)
         merged, merged_sizes, nearest = merge_into_nearest(
             *rows.tensor_split([k], dim=1), *sizes.gather(1, order).tensor_split([k], dim=1))
     idx, other_idx = order.tensor_split([k], dim=1)
