@@ -1,6 +1,6 @@
 """Token Merging (Bolya et al., ICLR 2023) with the same weights, as a yardstick for `merge_token`.
 
-    python docs/token_merging.py --eval --resume CHECKPOINT --keep-rates 0.9 0.7 0.5 … (the flags of main.py)
+    python docs/token_merging.py --resume CHECKPOINT --keep-rates 0.9 0.7 0.5 … (the flags of curve.py)
 
 For each keep rate, every block merges as many tokens as make the GMACs those of `merge_token` at this rate. The
 images/s of both are measured with windows in turn.
@@ -13,13 +13,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import main as program
-from curve import with_way
+import curve as program
 from engine import evaluate
 from evit.reorganization import size_bias
 from measuring.benchmark import macs, paired_throughput
 from models_evit import EViT, to_evit
-from runtime.checkpoint import load_checkpoint, load_weights
 from runtime.failures import exit_failed
 from runtime.utils import InputError, choose_amp_dtype
 
@@ -90,17 +88,14 @@ def reductions_of(model, gmacs, input_size):
 
 def main():
     args = program.parse_args(sys.argv[1:])
-    if not (args.keep_rates and args.resume):
-        raise InputError('give --eval, --resume CHECKPOINT and --keep-rates')
     device = torch.device(args.device)
-    loader = program.build_loaders(args, device)[1]
-    model = program.build_model(args, len(loader.dataset.classes))
-    load_weights(model, load_checkpoint(args.resume)['model'], args.resume)
+    loader, _ = program.build_loaders(args, device)
+    model = program.build_model(args, len(loader.dataset.classes), device)
     if not isinstance(model, EViT):
         raise InputError(f'{args.model} is no VisionTransformer of timm, which alone is served here')
-    model, amp_dtype = with_way(model.to(device).eval(), 'merge'), choose_amp_dtype(args.amp_dtype, device)
+    model, amp_dtype = with_way(model, 'merge'), choose_amp_dtype(args.amp_dtype, device)
     for rate in args.keep_rates:
-        to_evit(model, rate, model.drop_loc, merge_token=True, uniform=model.uniform)
+        to_evit(model, rate)
         gmacs = macs(model, args.input_size)
         merging = TokenMerging(model, reductions_of(model, gmacs, args.input_size))
         theirs, ours = paired_throughput([merging, model], args.input_size, args.batch_size, device, amp_dtype,

@@ -9,7 +9,7 @@ BY_DEFAULT = 'gather' in os.environ.get('EVIT_DEFAULT_KERNELS', '').split()
 
 
 def gather_rows(tokens, idx):
-    """The rows of tokens (B, N, C) at distinct positions idx (B, k) → (B, k, C)."""
+    """The rows of tokens (B, N, C) at distinct positions idx (B, k) → (B, k, C); for others, use `take`."""
     if BY_DEFAULT or not torch.is_grad_enabled():
         return take(tokens, idx)
     return GatherRows.apply(tokens, idx)

@@ -1,6 +1,7 @@
 """Checkpoints: write, find, read and load them, for resuming, finetuning and evaluating."""
 import argparse
 import contextlib
+import dataclasses
 import inspect
 import io
 import math
@@ -17,7 +18,7 @@ import torch
 from timm.models import clean_state_dict
 
 from evit.position_embedding import antialiases
-from evit.settings import TOKEN_FLAGS
+from evit.settings import TOKEN_FLAGS, TokenSettings
 from runtime.distributed import all_reduce, log, rank
 from runtime.arguments import block_numbers
 from runtime.model_factory import MODEL_FLAGS
@@ -274,6 +275,14 @@ def trained_flags(checkpoint):
     return trained
 
 
+def token_fields(flags):
+    """The fields of the `TokenSettings` of a dict of flags, None each if it has no settings; {} if it says nothing."""
+    if not TOKEN_FLAGS & flags.keys():
+        return {}
+    settings = TokenSettings.of_flags(flags)
+    return {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(TokenSettings)}
+
+
 def load_run(source, settings, evaluates_only):
     """Read a checkpoint to resume or evaluate; report settings that differ from those it was trained with.
 
@@ -288,16 +297,17 @@ def load_run(source, settings, evaluates_only):
     trained = trained_flags(checkpoint)
     if isinstance(checkpoint.get('args'), argparse.Namespace):             # of the original code, whose lr is scaled
         trained.pop('lr', None)
-    names = [*MODEL_FLAGS, *TOKEN_FLAGS]
-    if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
-        names = [name for name in names if name not in ('base_keep_rate', 'drop_loc', 'keep_schedule')]
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
                 'weight_decay', 'dense_weight', 'token_label_path')
     for name in () if evaluates_only else ('opt', 'sched'):
         if name in trained and trained[name] != settings[name]:
             raise InputError(f'{source} was trained with --{name} {trained[name]} and cannot go on with '
                              f'{settings[name]}')
-    for name in names if evaluates_only else (*names, *schedule):
+    trained, settings = ({**flags, **token_fields(flags)} for flags in (trained, settings))
+    fields = token_fields(settings)
+    if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
+        fields = [name for name in fields if name not in ('base_keep_rate', 'drop_loc', 'uniform')]
+    for name in (*MODEL_FLAGS, *fields, *(() if evaluates_only else schedule)):
         if name in trained and str(trained[name] or '') != str(settings[name] or ''):
             log(f'note: {source} was trained with {name} {trained[name]}, this run has {settings[name]}')
     return checkpoint
