@@ -11,10 +11,11 @@ from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
-from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR100
 from torchvision.transforms.v2 import functional as F
 
 from formats.decoding import decode_picture, decode_pixels, load_image
+from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
 from runtime.arguments import natural, positive
 from runtime.distributed import cores_per_process
@@ -93,27 +94,33 @@ class Digits(Dataset):
 class INaturalist(Dataset):
     """iNaturalist 2018 or 2019: (RGB picture, label).
 
-    `{train,val}{year}.json` lists the images, `categories.json` the categories. The image with the name
-    `<dir>/<supercategory>/<category id>/<file>` is at `<dir>/<category id>/<file>`. A class is a value of `category`
-    (name, genus, …); classes are numbered by their first appearance in the training annotations.
+    `{train,val}{year}.json` lists the images, `categories.json` the categories. Images are where their file name says,
+    `<dir>/<supercategory>/<category id>/<file>`, as the archive unpacks, or all without the folder of the
+    supercategory. A class is a value of `category` (name, genus, …); classes are numbered by their first appearance in
+    the training annotations.
     """
 
     def __init__(self, root, train, year, category='name', transform=None, loader=load_image):
         root, split = Path(root), 'train' if train else 'val'
         categories, training, listed = (
             _read_json(root / name) for name in ('categories.json', f'train{year}.json', f'{split}{year}.json'))
-        self.samples = []
         try:
             taxa = {taxon.get('id', i): taxon[category] for i, taxon in enumerate(categories)}
             self.classes = list(dict.fromkeys(taxa[entry['category_id']] for entry in training['annotations']))
             number = {name: i for i, name in enumerate(self.classes)}
-            for entry in listed['images']:
-                folder, _, category_id, file = entry['file_name'].split('/')
-                self.samples.append((root / folder / category_id / file, number[taxa[int(category_id)]]))
+            names = [entry['file_name'] for entry in listed['images']]
+            places = [name.split('/') for name in names]
+            flattened = [f'{folder}/{category_id}/{file}' for folder, _, category_id, file in places]
+            labels = [number[taxa[int(place[2])]] for place in places]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f'the annotations of iNaturalist {year} in {root}, with --inat-category {category}, '
                              f'are not as expected: {error!r}') from None
-        self.targets = [label for _, label in self.samples]
+        if names and not (root / names[0]).exists():   # the first image decides for all
+            if not (root / flattened[0]).exists():
+                raise InputError(f'{root} has neither {names[0]} nor {flattened[0]}; unpack the archive of the images '
+                                 'there')
+            names = flattened
+        self.samples, self.targets = [(root / name, label) for name, label in zip(names, labels)], labels
         self.transform, self.loader = transform, loader
 
     def __len__(self):
@@ -188,10 +195,7 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
         return ImageFolderLMDB(root / f'{split}.lmdb', transform, num_classes=nb_classes, decode=decode)
     if not (root / split).is_dir():
         raise InputError(f'--data-path {root} has no {split}/ folder; {split}/<class>/<image> is expected')
-    try:
-        return ImageFolder(root / split, transform, loader=load)
-    except FileNotFoundError as error:
-        raise InputError(str(error).splitlines()[0]) from None
+    return ImageFolder(root / split, transform, loader=load)
 
 
 def check_same_classes(dataset_train, dataset_val):

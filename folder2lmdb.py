@@ -14,10 +14,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from formats.decoding import load_image
+from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB, empty_record, encode_tables, image_key, open_database
 from runtime.arguments import ArgumentParser, positive
 from runtime.utils import DataError, InputError, atomic_write, one_line
@@ -41,7 +41,7 @@ def convert(folder, path, workers=1):
     Returns:
         (number of images, number of classes)
     """
-    tree = _image_folder(folder)
+    tree = ImageFolder(folder)
     files = [file for file, _ in tree.samples]
     names = [file[len(os.path.join(tree.root, '')):] for file in files]
     tables = encode_tables(tree.classes, tree.targets, names)
@@ -50,13 +50,6 @@ def convert(folder, path, workers=1):
             _write_database(temporary, files, tables, workers, bar)
         os.close(os.dup(file.fileno()))                # reports what a network file system could not write
     return len(files), len(tree.classes)
-
-
-def _image_folder(folder):
-    try:
-        return ImageFolder(folder)
-    except FileNotFoundError as error:                 # no classes, or a class without images
-        raise InputError(one_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -135,7 +128,7 @@ def verify(path, workers=4):
         database = open_database(path)
         number, load = database.num_images, database.load
     else:
-        files = [file for file, _ in _image_folder(path).samples]
+        files = [file for file, _ in ImageFolder(path).samples]
         number, load = len(files), lambda index: load_image(files[index])
 
     def faults(indices):

@@ -20,9 +20,9 @@ import torchvision
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 
 from datasets import SeededDataset, build_dataset, build_loader
+from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
 from measuring.benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
 from runtime.arguments import ArgumentParser, positive, timm_model

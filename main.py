@@ -23,7 +23,8 @@ from models_evit import is_lvvit
 from runtime.arguments import (ArgumentParser, HelpFormatter, add_run_arguments, fraction, natural, non_negative,
                                positive, timm_model, with_dashes, within)
 from runtime.attention_priority import flash_first
-from runtime.checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights, read_flags
+from runtime.checkpoint import (check_classes, find_checkpoint, load_finetune, load_run, load_teacher, load_weights,
+                                read_flags)
 from runtime.distributed import (Stopped, ignore_stop_signals, init_process_group, kill_workers, leave_process_group,
                                  log, rank, world_size)
 from runtime.failures import exit_failed
@@ -251,7 +252,7 @@ def build_model(args, num_classes, pretrained=False):
                         num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
-def build_criterion(args, model, num_classes, device):
+def build_criterion(args, model, num_classes, device, dataset=None):
     """Mixup and token labelling, each None if the run has none, and the loss for them."""
     mixup = teacher = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
@@ -261,7 +262,8 @@ def build_criterion(args, model, num_classes, device):
         token_labeling = TokenLabeling(num_classes, model.patch_embed.grid_size, args.smoothing, mix=mixup is None)
         return mixup, token_labeling, TokenLabelingLoss(args.dense_weight)
     if args.distillation_type != 'none':
-        teacher = load_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size, device)
+        teacher = load_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size, device,
+                               dataset)
     base_criterion = build_base_criterion(args.smoothing, soft_labels=mixup is not None)
     return mixup, None, DistillationLoss(base_criterion, teacher, args.distillation_type, args.distillation_alpha,
                                          args.distillation_tau)
@@ -292,11 +294,13 @@ def run_mode(args, device):
     checkpoint = load_run(source, vars(args), evaluates_only(args)) if source else None
     loader_train, loader_val, mask_loader = build_loaders(args, device)
     num_classes = len(loader_val.dataset.classes)
+    if checkpoint:
+        check_classes(checkpoint, loader_val.dataset, source)
     model = build_model(args, num_classes, pretrained=args.pretrained and not source and not args.finetune)
     if evaluates_only(args) and source:
         load_weights(model, checkpoint['model'], source)
     elif args.finetune and not source:
-        load_finetune(model, args.finetune)
+        load_finetune(model, args.finetune, loader_val.dataset)
     model.to(device, memory_format=memory_format)
     log_setting(args, model, loader_train, loader_val, device, amp_dtype)
     if args.test_speed:
@@ -314,7 +318,7 @@ def run_mode(args, device):
                            device, amp_dtype, args.num_workers, args.pin_mem)
         evaluate_model(model, loader=images, sharded=True)
     else:
-        mixup, token_labeling, criterion = build_criterion(args, model, num_classes, device)
+        mixup, token_labeling, criterion = build_criterion(args, model, num_classes, device, loader_val.dataset)
         trainer = Trainer(args, model, device, amp_dtype, criterion, mixup, loader_train, evaluate_model, mask_loader,
                           token_labeling)
         if checkpoint:

@@ -20,7 +20,6 @@ import inspect
 from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models import (PretrainedCfg, build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg,
@@ -31,7 +30,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer, 
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from evit.blocks import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock, EViTEvaBlockPostNorm,
-                         EViTRopeAttention, InplaceGELU)
+                         EViTMlp, EViTRopeAttention)
 from evit.feature_maps import FeatureMaps
 from evit.lvvit import LVViT
 from evit.merging import size_bias
@@ -239,7 +238,7 @@ EVIT_CLASSES = {
     VisionTransformer: EViT, VisionTransformerDistilled: EViTDistilled, Eva: EViTEva, LVViT: EViTLVViT,
     Block: EViTBlock, EvaBlock: EViTEvaBlock, EvaBlockPostNorm: EViTEvaBlockPostNorm,
     Attention: EViTAttention, EvaAttention: EViTEvaAttention, AttentionRope: EViTRopeAttention,
-    nn.GELU: InplaceGELU,
+    Mlp: EViTMlp,
 }
 TIMM_CLASSES = {ours: theirs for theirs, ours in EVIT_CLASSES.items()}
 UNSERVED = {
@@ -306,8 +305,7 @@ def from_evit(model):
 def swap_classes(model, classes):
     """Give the parts of a model that an EViT changes the classes {present class: other class}."""
     blocks = list(model.blocks)
-    activations = [block.mlp.act for block in blocks if type(block.mlp) is Mlp]
-    for module in (model, *blocks, *(block.attn for block in blocks), *activations):
+    for module in (model, *blocks, *(block.attn for block in blocks), *(block.mlp for block in blocks)):
         module.__class__ = classes.get(type(module), type(module))
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curve as program
 from engine import evaluate
-from evit.reorganization import size_bias
+from evit.merging import size_bias
 from measuring.benchmark import macs, paired_throughput
 from models_evit import EViT, to_evit
 from runtime.failures import exit_failed
@@ -90,7 +90,7 @@ def main():
     args = program.parse_args(sys.argv[1:])
     device = torch.device(args.device)
     loader, _ = program.build_loaders(args, device)
-    model = program.build_model(args, len(loader.dataset.classes), device)
+    model = program.build_model(args, loader.dataset, device)
     if not isinstance(model, EViT):
         raise InputError(f'{args.model} is no VisionTransformer of timm, which alone is served here')
     model, amp_dtype = with_way(model, 'merge'), choose_amp_dtype(args.amp_dtype, device)

@@ -2,10 +2,11 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
+from timm.layers import Mlp, apply_rot_embed_cat
 from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from evit.attention_kernel import attention, is_chosen
 from evit.merging import size_bias
@@ -83,21 +84,36 @@ class EViTRopeAttention(ScoringAttention, AttentionRope):
 
 # --- Blocks ---------------------------------------------------------------------------------------------------------
 
-class InplaceGELU(nn.GELU):
-    """nn.GELU, in place if no gradient needs the input: the hidden layer of an MLP is then in memory once."""
+class EViTMlp(Mlp):
+    """timm's MLP.
+
+    Modifications: GELU is in place where nothing else needs its input, neither a gradient nor a hook; the hidden layer
+    is then in memory once.
+    """
 
     def forward(self, x):
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        return torch.ops.aten.gelu_(x, approximate=self.approximate)
+        """(B, N, C) → (B, N, C)."""
+        x = self.fc1(x)
+        if self.owns_hidden_layer():
+            x = torch.ops.aten.gelu_(x, approximate=self.act.approximate)
+        else:
+            x = self.act(x)
+        return self.drop2(self.fc2(self.norm(self.drop1(x))))
+
+    def owns_hidden_layer(self):
+        """Whether nothing but GELU gets to see the output of `fc1`."""
+        hooks = (self.fc1._forward_hooks, self.act._forward_hooks, self.act._forward_pre_hooks,
+                 _global_forward_hooks, _global_forward_pre_hooks)
+        return (not torch.is_grad_enabled() and type(self.fc1) is nn.Linear and type(self.act) is nn.GELU
+                and not any(hooks))
 
 
 class ReorganizingBlock:
     """Mixin for a block of timm, which can then reorganise its tokens between attention and MLP.
 
-    Modifications: GELU in place; `keep_rate`, `token_settings` and `num_prefix_tokens`, which `to_evit` sets. Prefix
-    tokens (class, distillation, registers) are protected: they are never dropped, fused or merged. A block that keeps
-    all tokens runs timm's own forward.
+    Modifications: `keep_rate`, `token_settings` and `num_prefix_tokens`, which `to_evit` sets. Prefix tokens (class,
+    distillation, registers) are protected: they are never dropped, fused or merged. A block that keeps all tokens runs
+    timm's own forward.
     """
 
     def forward(self, x, keep_rate=None, k=None, sizes=None, prefix_only=False, get_idx=False, get_tokens=False,

@@ -95,7 +95,7 @@ def merging_rate(depth, keep_rate, num_patches, dim):
     def cost(rate, blocks, fuses):
         num_tokens, total = num_patches, 0.
         for i in range(depth - 1):
-            k = math.ceil(rate * num_tokens - 1e-9) if i in blocks else num_tokens
+            k = math.ceil(rate * num_tokens) if i in blocks else num_tokens
             total += 4 * dim * num_tokens + 2 * num_tokens ** 2
             if k < num_tokens and not fuses:
                 total += num_tokens ** 2 / 4 + (num_tokens - k) * num_tokens / 2

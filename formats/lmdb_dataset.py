@@ -320,6 +320,7 @@ class ImageFolderLMDB(Dataset):
         decode: a function with the arguments of `decode_picture`, which is the default.
     Attributes:
         classes: list of str.
+        has_class_names: whether they are names, and not numbers because the database does not store names.
         class_to_idx: dict, class → label.
         targets: list of int.
         samples: list of (name, label). The name is the path of the image file relative to the folder of the split;
@@ -333,6 +334,7 @@ class ImageFolderLMDB(Dataset):
         self.transform, self.target_transform, self.decode = transform, target_transform, decode
         self._opened = None
         self._length = self._database.num_images
+        self.has_class_names = bool(self._database.classes)
         self.classes = self._database.classes or [str(label) for label in range(num_classes or 1000)]
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
 
