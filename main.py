@@ -26,6 +26,7 @@ from measuring.benchmark import report_speed
 from models_evit import is_lvvit
 from runtime.arguments import (ArgumentParser, HelpFormatter, add_run_arguments, fraction, natural, non_negative,
                                positive, timm_model, with_dashes, within)
+from runtime.attention_priority import flash_first
 from runtime.checkpoint import (check_classes, find_checkpoint, load_finetune, load_run, load_teacher, load_weights,
                                 read_flags)
 from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
@@ -282,6 +283,12 @@ def build_criterion(args, model, num_classes, device, dataset=None):
 
 def main(args):
     device = init_process_group(args.device, args.dist_url, args.world_size, args.dist_timeout)
+    with flash_first(device):
+        run_mode(args, device)
+
+
+def run_mode(args, device):
+    """Build what the mode needs, and run it."""
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     choose_kernels(device, args.deterministic)

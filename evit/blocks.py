@@ -8,6 +8,7 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from evit.attention_kernel import attention, is_chosen
 from evit.merging import size_bias
 from evit.reorganization import SCORES, WAYS, Reorganization
 from evit.settings import num_kept
@@ -17,18 +18,21 @@ from evit.settings import num_kept
 class ScoringAttention:
     """Mixin for an attention of timm, which then also returns the scores that rank the tokens.
 
-    Modifications: then it always uses scaled_dot_product_attention, and never forms the (N, N) matrix.
+    Modifications: then it uses `attention`, so scaled_dot_product_attention except in some inference on a CPU, and the
+    scores never need the (N, N) matrix.
     """
 
-    def forward(self, x, score=None, attn_mask=None, num_queries=None, **kwargs):
+    def forward(self, x, score=None, attn_mask=None, num_queries=None, is_causal=False, **kwargs):
         """(B, N, C) → (B, N, C), and with `score`, a function of `SCORES`, the scores (B, N), after any rotation.
 
         With `num_queries`, only the first so many tokens attend, to all: (B, Q, C). They are prefix tokens.
         """
-        if score is None and num_queries is None:
+        if is_causal:
+            kwargs['is_causal'] = True                 # older versions of timm have no such argument
+        if score is None and num_queries is None and (is_causal or not is_chosen(x)):
             return super().forward(x, attn_mask=attn_mask, **kwargs)
         q, k, v = self.project(x, num_queries, **kwargs)                               # (B, H, Q or N, D) each
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.)
+        x = attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.)
         x = self.norm(x.transpose(1, 2).flatten(2))                                    # (B, N, C)
         x = self.proj_drop(self.proj(x))
         return x if score is None else (x, score(q, k, v, self.scale, attn_mask))

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 
-from evit.merging import rows
+from evit.gather import take as rows
 from evit.reorganization import patches_after
 
 

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from evit.gather import gather_rows
+
 
 def merge_tokens(tokens, sizes, k):
     """Of N tokens, merge the N − k that are most similar (cosine) to a token of the other half into these.
@@ -45,8 +47,8 @@ def merge_tokens(tokens, sizes, k):
         weights = ones * candidate_sizes.gather(1, leaving).unsqueeze(1)
         merged_sizes = target_sizes + weights.sum(dim=-1)                              # (B, T)
         merged = (target_sizes / merged_sizes).unsqueeze(-1) * targets
-        merged = merged + (weights / merged_sizes.unsqueeze(-1)) @ rows(candidates, leaving)           # (B, T, C)
-        return (torch.cat([rows(candidates, staying), merged], dim=1).to(tokens.dtype),
+        merged = merged + (weights / merged_sizes.unsqueeze(-1)) @ gather_rows(candidates, leaving)           # (B, T, C)
+        return (torch.cat([gather_rows(candidates, staying), merged], dim=1).to(tokens.dtype),
                 torch.cat([candidate_sizes.gather(1, staying), merged_sizes], dim=1),
                 torch.cat([candidate_places.gather(1, staying), target_places], dim=1),
                 candidate_places.gather(1, leaving), joins + (k - num_targets))
@@ -60,11 +62,6 @@ def split(x, num_targets):
     targets = (2 * torch.arange(num_targets, device=x.device) + 1) * num_tokens // (2 * num_targets)
     is_target = torch.zeros(num_tokens, dtype=torch.int64, device=x.device).scatter(0, targets, 1)
     return x.index_select(1, is_target.argsort(stable=True)[:num_tokens - num_targets]), x.index_select(1, targets)
-
-
-def rows(x, idx):
-    """(B, N, C), positions (B, n) → (B, n, C)."""
-    return x.gather(1, idx.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def size_bias(sizes, num_prefix_tokens, dtype):

@@ -4,6 +4,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from evit.gather import gather_rows
 from evit.merging import merge_tokens, merging_blocks, merging_rate
 
 
@@ -43,7 +44,7 @@ def reorganize_tokens(tokens, scores, k, fuse=False):
         tokens (B, k, C), or (B, k + 1, C) with the fused one, and their positions in the input (B, k).
     """
     idx = scores.topk(k, dim=1, sorted=False).indices                                  # (B, k)
-    remaining = tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))   # (B, k, C)
+    remaining = gather_rows(tokens, idx)                                               # (B, k, C)
     if fuse:
         # Kept tokens get weight 0, which saves computing the complement of idx. Without autocast, because casting
         # all tokens would cost more than this product saves.
