@@ -155,7 +155,7 @@ def test_comparison_with_plain_evits():
                    fuse_token=True, reference=True)
     assert [row['model'] for row in rows] == [f'{TINY}@0.5', 'deit_tiny_patch16_224', 'plain@0.5, bfloat16 autocast',
                                               'plain@0.5, float32, gradients on']
-    assert rows[2]['gmacs'] == pytest.approx(rows[0]['gmacs'], rel=0.02)
+    assert 0.9 < rows[0]['gmacs'] / rows[2]['gmacs'] < 1               # the plain one computes all of the last block
     assert all(row['speed'].protocol == row['protocol'] and row['ratio'] > 0 for row in rows)
     assert all(0 < row['share'] < 1 for row in rows[:3]) and 'share' not in rows[3]
     assert list(format_table(rows))[4].split()[-2] == '–'
