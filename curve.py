@@ -5,6 +5,10 @@
 
 The flags of model, data and run are those of main.py.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('curve')
+
 import atexit
 import dataclasses
 import sys
@@ -20,14 +24,19 @@ from measuring.accuracy_curve import SUMS, Evaluation, format_table, plan_rows, 
 from measuring.knn import Neighbours
 from measuring.plots import plot_curve
 from runtime.arguments import ArgumentParser, HelpFormatter, add_run_arguments, keep_rate, positive, with_dashes
+<<<<<<< HEAD
+from runtime.attention_priority import flash_first
+from runtime.checkpoint import find_checkpoint, load_run, load_weights, read_flags
+=======
 from runtime.checkpoint import (check_classes, find_checkpoint, load_adapted, load_run, load_weights,
                                 read_flags)
+>>>>>>> 5c804d9af303c4402cb9eb1c3f0f4fbd0ddefb85
 from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
                                  world_size)
-from runtime.failures import exit_failed
 from runtime.logger import make_output_folder
 from runtime.model_factory import MODEL_FLAGS, add_model_arguments, create_model, fill_model_arguments
 from runtime.preprocessing import input_of
+from runtime.program import run_program
 from runtime.utils import atomic_write, choose_amp_dtype, choose_kernels, seed_all
 from samplers import EvalSampler
 
@@ -122,6 +131,12 @@ def settings_of_curve(args, model, amp_dtype, num_images):
 
 def main(args):
     device = init_process_group(args.device, args.dist_url, args.world_size, args.dist_timeout)
+    with flash_first(device):
+        measure(args, device)
+
+
+def measure(args, device):
+    """Measure all rows; write them."""
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     choose_kernels(device, args.deterministic)
     seed_all(0)
@@ -153,13 +168,9 @@ def main(args):
 
 
 def run(argv=None):
-    """The program: an expected failure is one line; the exit status is 2 if the input is wrong."""
-    try:
+    """The program, on a command line, by default that of the process."""
+    def program():
         main(parse_args(sys.argv[1:] if argv is None else argv))
         leave_process_group()
-    except Exception as error:
-        exit_failed('curve.py', error)
 
-
-if __name__ == '__main__':
-    run()
+    run_program('curve.py', program)

@@ -18,10 +18,10 @@ from runtime.arguments import block_numbers
 from runtime.distributed import all_reduce, log, rank
 from runtime.foreign_formats import classifiers, convert_weights, under_prefix
 from runtime.model_factory import MODEL_FLAGS
-from runtime.reading import DamagedCheckpoint, load_checkpoint
+from runtime.reading import NEWEST, PREVIOUS, DamagedCheckpoint, load_checkpoint
 from runtime.utils import InputError, atomic_write, one_line, open_durably
 
-NEWEST, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
+BEST = 'best_checkpoint.pth'
 
 
 # --- Write ----------------------------------------------------------------------------------------------------------

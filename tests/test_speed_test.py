@@ -282,6 +282,13 @@ def test_command_line(tmp_path, capsys):
         assert opened.format == 'PNG'
 
 
+def test_head_that_starts_at_zero():
+    """Each runtime shows whether it works."""
+    model = speed_test.build_candidate(speed_test.Candidate('resmlp_12_224', input_size=32), fuse_token=False)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 32, 32)).any()
+
+
 @pytest.mark.parametrize('factor, status', [(1., 0), (torch.nan, 1)])
 def test_exit_status(factor, status, stand_ins, tmp_path):
     stand_ins |= {'test_resnet': {}, 'test_vit': dict(factor=factor)}
