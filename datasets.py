@@ -133,7 +133,7 @@ def _read_json(path):
     if not path.is_file():
         raise InputError(f'{path} is missing; iNaturalist needs it beside the images')
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        return json.loads(path.read_bytes())           # UTF-8, whatever the locale
     except ValueError as error:
         raise InputError(f'{path} is not JSON: {error}') from None
 

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import shutil
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -307,12 +308,15 @@ def check_classes(checkpoint, dataset, source):
 
 def class_differences(checkpoint, dataset):
     """How the classes of a checkpoint differ from those of a data set, in words; '' if they do not, or are unknown."""
-    trained, classes = checkpoint.get('classes'), list(dataset.classes)
+    trained = checkpoint.get('classes')
     named = isinstance(trained, (list, tuple)) and all(isinstance(name, str) for name in trained)
     if not named or not trained or not getattr(dataset, 'has_class_names', True):
         return ''
     if trained_flags(checkpoint).get('use_lmdb') and list(trained) == [str(i) for i in range(len(trained))]:
         return ''                                      # of a database of the original code, which stores no names
+    # macOS writes an accent as a character of its own
+    trained, classes = ([unicodedata.normalize('NFC', str(name)) for name in names]
+                        for names in (trained, dataset.classes))
     known, found = set(trained), set(classes)
     differences = [*(f'{name} is in the checkpoint only' for name in trained if name not in found),
                    *(f'{name} is in the data only' for name in classes if name not in known)]

@@ -1,7 +1,10 @@
 import io
 import json
+import os
 import random
 import struct
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -17,6 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 import folder2lmdb
+from conftest import ROOT
 from datasets import (DeviceLoader, Digits, INaturalist, SeededDataset, build_dataset, build_loader, build_transform,
                       check_same_classes, spread)
 from formats.decoding import decode_picture, load_image
@@ -98,6 +102,15 @@ def test_image_folder(image_folder):
     val.classes = ['blue', 'yellow', 'red']
     with pytest.raises(InputError, match='green is in train only, yellow is in val only'):
         check_same_classes(train, val)
+
+
+def test_names_of_inaturalist_in_another_locale(inat):
+    path = inat / 'categories.json'
+    path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes().replace(b'b b', 'bé b'.encode()))
+    code = f'from datasets import INaturalist; print(ascii(INaturalist({str(inat)!r}, True, 2018).classes))'
+    environment = {**os.environ, 'LC_ALL': 'en_US.ISO-8859-1', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == ascii(['bé b', 'a a', 'b c']), done.stderr
 
 
 @pytest.mark.parametrize('wrong', [{'genus': None}, {'annotations': 3}, {'images': [{'file_name': 'a/b.jpg'}]},
