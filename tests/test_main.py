@@ -51,7 +51,7 @@ def test_token_flags_make_an_evit(capsys):
     args = parse_args(['--model', 'vit_large_patch16_224', '--shrink-epochs', '3'])
     assert (args.base_keep_rate, args.fuse_token, args.drop_loc, args.shrink_start_epoch) == (0.7, False, None, 10)
     with pytest.raises(SystemExit):
-        parse_args(['--visualize-mask', '--model', 'deit_small_patch16_224', '--resume', 'a'])
+        parse_args(['--visualize-mask', '--model', 'deit_small_patch16_224', '--pretrained'])
     assert 'does not reorganise tokens; give a token flag' in capsys.readouterr().err
 
 
