@@ -24,7 +24,13 @@ from measuring.accuracy_curve import SUMS, Evaluation, format_table, plan_rows, 
 from measuring.knn import Neighbours
 from measuring.plots import plot_curve
 from runtime.arguments import ArgumentParser, HelpFormatter, add_run_arguments, keep_rate, positive, with_dashes
+<<<<<<< HEAD
+from runtime.attention_priority import flash_first
 from runtime.checkpoint import find_checkpoint, load_run, load_weights, read_flags
+=======
+from runtime.checkpoint import (check_classes, find_checkpoint, load_adapted, load_run, load_weights,
+                                read_flags)
+>>>>>>> 5c804d9af303c4402cb9eb1c3f0f4fbd0ddefb85
 from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
                                  world_size)
 from runtime.logger import make_output_folder
@@ -94,14 +100,21 @@ def build_loaders(args, device):
     return loader_val, load(dataset_train, EvalSampler(dataset_train, *processes))
 
 
-def build_model(args, num_classes, device):
-    """The EViT on the device with the weights that the flags name, in eval mode."""
+def build_model(args, dataset, device):
+    """The EViT on the device with the weights that the flags name, in eval mode.
+
+    --knn does not use the head, so it takes weights that classify other classes than `dataset` has, or none.
+    """
     source = find_checkpoint(args.resume, args.output_dir, device, required=True)
     model = create_model(args.model, pretrained=args.pretrained and not source, new_head=bool(args.knn),
                          tokens=TokenSettings.of_flags(vars(args)), input_size=args.input_size, model_kwargs=args.model_kwargs,
-                         num_classes=num_classes)
-    if source:
-        load_weights(model, load_run(source, vars(args), evaluates_only=True)['model'], source)
+                         num_classes=len(dataset.classes))
+    checkpoint = load_run(source, vars(args), evaluates_only=True) if source else None
+    if source and args.knn:
+        load_adapted(model, checkpoint, source)
+    elif source:
+        check_classes(checkpoint, dataset, source)
+        load_weights(model, checkpoint['model'], source)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout).eval()
 
@@ -118,12 +131,18 @@ def settings_of_curve(args, model, amp_dtype, num_images):
 
 def main(args):
     device = init_process_group(args.device, args.dist_url, args.world_size, args.dist_timeout)
+    with flash_first(device):
+        measure(args, device)
+
+
+def measure(args, device):
+    """Measure all rows; write them."""
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     choose_kernels(device, args.deterministic)
     seed_all(0)
     folder = make_output_folder(args.output_dir)
     loader, loader_train = build_loaders(args, device)
-    model = build_model(args, len(loader.dataset.classes), device)
+    model = build_model(args, loader.dataset, device)
     neighbours = Neighbours(args.knn, args.knn_bank == 'own') if args.knn else None
     evaluation = Evaluation(model, plan_rows(args.keep_rates, args.token_ways or [model.token_settings.way]),
                             folder / 'curve.json', settings_of_curve(args, model, amp_dtype, len(loader.dataset)),

@@ -1,6 +1,5 @@
 """Data sets, their transforms, and the way from there to normalised batches on the device."""
 import json
-import random
 from functools import partial
 from pathlib import Path
 
@@ -8,13 +7,12 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
-from torchvision.datasets import CIFAR100, ImageFolder
-from torchvision.transforms.v2 import functional as F
+from torchvision.datasets import CIFAR100
 
-from formats.decoding import decode_picture, decode_pixels, load_image
+from formats.decoding import decode_picture, load_image
+from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
 from runtime.arguments import natural, positive
 from runtime.distributed import cores_per_process
@@ -93,27 +91,33 @@ class Digits(Dataset):
 class INaturalist(Dataset):
     """iNaturalist 2018 or 2019: (RGB picture, label).
 
-    `{train,val}{year}.json` lists the images, `categories.json` the categories. The image with the name
-    `<dir>/<supercategory>/<category id>/<file>` is at `<dir>/<category id>/<file>`. A class is a value of `category`
-    (name, genus, …); classes are numbered by their first appearance in the training annotations.
+    `{train,val}{year}.json` lists the images, `categories.json` the categories. Images are where their file name says,
+    `<dir>/<supercategory>/<category id>/<file>`, as the archive unpacks, or all without the folder of the
+    supercategory. A class is a value of `category` (name, genus, …); classes are numbered by their first appearance in
+    the training annotations.
     """
 
     def __init__(self, root, train, year, category='name', transform=None, loader=load_image):
         root, split = Path(root), 'train' if train else 'val'
         categories, training, listed = (
             _read_json(root / name) for name in ('categories.json', f'train{year}.json', f'{split}{year}.json'))
-        self.samples = []
         try:
             taxa = {taxon.get('id', i): taxon[category] for i, taxon in enumerate(categories)}
             self.classes = list(dict.fromkeys(taxa[entry['category_id']] for entry in training['annotations']))
             number = {name: i for i, name in enumerate(self.classes)}
-            for entry in listed['images']:
-                folder, _, category_id, file = entry['file_name'].split('/')
-                self.samples.append((root / folder / category_id / file, number[taxa[int(category_id)]]))
+            names = [entry['file_name'] for entry in listed['images']]
+            places = [name.split('/') for name in names]
+            flattened = [f'{folder}/{category_id}/{file}' for folder, _, category_id, file in places]
+            labels = [number[taxa[int(place[2])]] for place in places]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f'the annotations of iNaturalist {year} in {root}, with --inat-category {category}, '
                              f'are not as expected: {error!r}') from None
-        self.targets = [label for _, label in self.samples]
+        if names and not (root / names[0]).exists():   # the first image decides for all
+            if not (root / flattened[0]).exists():
+                raise InputError(f'{root} has neither {names[0]} nor {flattened[0]}; unpack the archive of the images '
+                                 'there')
+            names = flattened
+        self.samples, self.targets = [(root / name, label) for name, label in zip(names, labels)], labels
         self.transform, self.loader = transform, loader
 
     def __len__(self):
@@ -153,7 +157,7 @@ class SeededDataset(Dataset):
 
 
 def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False, nb_classes=None, inat_category='name',
-                  input_size=224, fast_resize=False, augment=None, **augmentation):
+                  input_size=224, fast_transforms=False, augment=None, **augmentation):
     """The training or the validation set; its `classes` are names, its samples (uint8 (3, S, S), label).
 
     Args:
@@ -164,13 +168,16 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
         use_lmdb: read `train.lmdb` or `val.lmdb` instead of a tree of image files.
         nb_classes: number of classes of an LMDB database of the original code, which does not store it.
         inat_category: the rank of iNaturalist's taxonomy that makes a class.
-        input_size, fast_resize, augmentation: as in `build_transform`.
+        input_size, fast_transforms, augmentation: as in `build_transform`.
     Raises:
         InputError: the folder lacks something, or a policy does not exist.
     """
     augment = is_train if augment is None else augment
-    transform = build_transform(augment, data_set, input_size, fast_resize, **augmentation)
-    decode = decode_pixels if augment and fast_resize else decode_picture
+    fast_transforms = fast_transforms and augment
+    transform = build_transform(augment, data_set, input_size, fast_transforms, **augmentation)
+    decode = decode_picture
+    if fast_transforms:
+        from formats.fast_transforms import EncodedImage as decode         # OpenCV, which other runs need not load
     load = partial(load_image, decode=decode)
     if data_set in DIGITS:
         return Digits(is_train, transform, on_board=data_set == 'BOARD_DIGITS')
@@ -188,10 +195,7 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
         return ImageFolderLMDB(root / f'{split}.lmdb', transform, num_classes=nb_classes, decode=decode)
     if not (root / split).is_dir():
         raise missing_split('--data-path', root, split)
-    try:
-        return ImageFolder(root / split, transform, loader=load)
-    except FileNotFoundError as error:
-        raise InputError(str(error).splitlines()[0]) from None
+    return ImageFolder(root / split, transform, loader=load)
 
 
 def check_same_classes(dataset_train, dataset_val):
@@ -212,24 +216,7 @@ def spread(dataset, number):
 
 # --- Transforms -----------------------------------------------------------------------------------------------------
 
-class FastRandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop, with the same random draws, of a picture or its pixels, uint8 (3, H, W) → picture.
-
-    Modifications: torch's uint8 kernels resize instead of Pillow, in less than half the time. Their weights have 16
-    bits, Pillow's 22, so the values of the result may differ by 2.
-    """
-
-    def __call__(self, image):
-        pixels = F.pil_to_tensor(image) if isinstance(image, Image.Image) else image
-        crop = F.crop(pixels, *self.get_params(pixels, self.scale, self.ratio))
-        interpolation = self.interpolation
-        if isinstance(interpolation, (tuple, list)):
-            interpolation = random.choice(interpolation)
-        crop = crop.unsqueeze(0).contiguous(memory_format=torch.channels_last)         # as Pillow stores a picture
-        return F.to_pil_image(F.resize(crop, self.size, interpolation)[0])
-
-
-def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=False, *, color_jitter=0.4,
+def build_transform(is_train, data_set='DIGITS', input_size=224, fast_transforms=False, *, color_jitter=0.4,
                     aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', preprocessing=Preprocessing()):
     """Picture → uint8 (3, S, S), by the DeiT recipe or, for digits, a gentle version of it.
 
@@ -239,7 +226,7 @@ def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=Fal
         is_train: whether to augment.
         data_set: as in `build_dataset`.
         input_size: S, in pixels.
-        fast_resize: `FastRandomResizedCrop` in training.
+        fast_transforms: on arrays in training, see `formats/fast_transforms.py`; not bit for bit Pillow's pixels.
         color_jitter, aa, train_interpolation: as in timm's `create_transform`.
         preprocessing: for evaluation, its resize and crop, except that digits are never cropped.
     """
@@ -259,9 +246,9 @@ def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=Fal
         raise InputError(f'--aa {aa} is no policy of timm: {error}') from None
     if unchanged:
         transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
-    elif fast_resize:
-        crop = transform.transforms[0]
-        transform.transforms[0] = FastRandomResizedCrop(input_size, crop.scale, crop.ratio, train_interpolation)
+    if fast_transforms:
+        from formats.fast_transforms import on_arrays
+        return on_arrays(transform)
     return transform
 
 

@@ -50,8 +50,8 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         epochs: how many the run has, for the console.
         log_step: called with the step of the epoch and a dict of figures at each line on the console.
     Returns:
-        The Progress of the epoch. Its summary has the mean loss and images_per_second over all processes, the means of
-        the scalars (lr, keep_rate), and skipped_steps if there were any.
+        The Progress of the epoch. Its summary has the mean loss and images_per_second over all processes, loader_wait,
+        the means of the scalars (lr, keep_rate), and skipped_steps if there were any.
     Raises:
         FloatingPointError: a loss is not finite, or a weight after the last step. Without `skip_nonfinite` this is
             noticed only where the loss is logged or saved, so that no step waits for the device.
@@ -59,7 +59,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
     title = f'Epoch: [{epoch}/{epochs}]' if epochs else f'Epoch: [{epoch}]'
     progress = Progress(title, len(loader), print_freq, device, lockstep=True, state=state, log_step=log_step)
     skips = False                                                          # whether this update is skipped
-    for step, (images, labels, *token_labels) in enumerate(loader, start=progress.step):
+    for step, (images, labels, *token_labels) in enumerate(progress.batches_of(loader), start=progress.step):
         # For erasing, mixup, MixToken, dropout, drop path. The 1 keeps these keys apart from those of TrainSampler
         seed_all(seed, epoch, step, 1 + rank())
         images, labels, options = augment(images, labels, token_labels, erase, mixup, token_labeling)

@@ -161,7 +161,7 @@ def write_onnx(program, path, names, metadata):
     exported = torch.onnx.export(program, dynamo=True, opset_version=18, input_names=['images'], output_names=names,
                                  verbose=False)
     exported.model.metadata_props.update(metadata)
-    exported.save(path)
+    exported.save(path)                                # above 1.5 GiB, the weights go to a second file, `<name>.data`
     return open_onnx(path)
 
 
@@ -177,9 +177,11 @@ def open_onnx(path):
 
 def write_int8(program, path, names, metadata):
     """Write an ONNX file whose linear layers have int8 weights and quantise their input as it comes (dynamically)."""
-    write_onnx(program, path, names, metadata)
-    from onnxruntime.quantization import quantize_dynamic
-    quantize_dynamic(path, path, op_types_to_quantize=['MatMul', 'Gemm'])
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        floats = Path(folder) / path.name
+        write_onnx(program, floats, names, metadata)
+        from onnxruntime.quantization import quantize_dynamic
+        quantize_dynamic(floats, path, op_types_to_quantize=['MatMul', 'Gemm'])        # to one file, a quarter as large
     return open_onnx(path)
 
 
@@ -258,8 +260,25 @@ def write_checked(exportable, output, format, size, metadata, batch_size=None, d
         path = Path(folder) / output.name
         run, runtime = write_unchecked(exportable, images, path, format, names, metadata, shapes)
         compared = compare(exportable, run, size, [batch_size] if batch_size else [1, 3], dtype)
-        os.replace(path, output)
-    return f'{output}: {output.stat().st_size / 1e6:.1f} MB; {runtime} against torch {torch.__version__}: {compared}'
+        written = move_files(Path(folder), output)
+    if len(written) > 1:                               # ONNX, whose first file names the other: once more in its place
+        try:
+            compare(exportable, open_onnx(output)[0], size, [batch_size or 1], dtype)
+        except Exception as error:
+            for file in written:
+                file.unlink()
+            raise InputError(f'{output} does not load with {written[1].name} beside it: {one_line(error)}') from None
+    files = ' and '.join(f'{file}: {file.stat().st_size / 1e6:.1f} MB' for file in written)
+    together = ', to be kept together' * (len(written) > 1)
+    return f'{files}{together}; {runtime} against torch {torch.__version__}: {compared}'
+
+
+def move_files(folder, output):
+    """Move what a format wrote beside `output`, this file as the last; → the Paths, this one first."""
+    others = sorted(output.with_name(file.name) for file in folder.iterdir() if file.name != output.name)
+    for file in (*others, output):
+        os.replace(folder / file.name, file)
+    return [output, *others]
 
 
 def compare(exportable, run, size, batch_sizes, dtype='float32'):

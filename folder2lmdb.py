@@ -2,6 +2,7 @@
 
     python folder2lmdb.py --dir /path/to/imagenet            # train/ and val/ → train.lmdb and val.lmdb beside them
     python folder2lmdb.py --dir /path/to/imagenet --verify   # decode every image, list those that do not decode
+    python folder2lmdb.py --dir /path/to/imagenet --short-side 256     # training images re-encoded at this size
 """
 if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
     from runtime.program import start
@@ -17,12 +18,14 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from formats.decoding import load_image
-from formats.lmdb_dataset import ImageFolderLMDB, empty_record, encode_tables, image_key, open_database
-from runtime.arguments import ArgumentParser, positive
+from formats.image_folder import ImageFolder
+from formats.lmdb_dataset import (ImageFolderLMDB, empty_record, encode_image, encode_tables, image_key,
+                                  open_database)
+from formats.reencoding import Reencoding
+from runtime.arguments import ArgumentParser, positive, within
 from runtime.program import run_program
 from runtime.utils import DataError, InputError, atomic_write, missing_split, one_line
 
@@ -36,8 +39,8 @@ MAX_SIZE = 2 ** 30                                     # bytes of an image; Arro
 
 # --- Converting -----------------------------------------------------------------------------------------------------
 
-def convert(folder, path, workers=1):
-    """Write the images of the tree `folder` to the database `path`.
+def convert(folder, path, workers=1, reencoding=None):
+    """Write the images of the tree `folder` to the database `path`, larger ones by a `Reencoding` if it is given.
 
     The file gets its name when it is complete. As with `cp`, the system writes it to the disk later. At most
     16 * (workers + 2) images are in memory.
@@ -45,22 +48,15 @@ def convert(folder, path, workers=1):
     Returns:
         (number of images, number of classes)
     """
-    tree = _image_folder(folder)
+    tree = ImageFolder(folder)
     files = [file for file, _ in tree.samples]
     names = [file[len(os.path.join(tree.root, '')):] for file in files]
-    tables = encode_tables(tree.classes, tree.targets, names)
+    tables = encode_tables(tree.classes, tree.targets, names, reencoding)
     with _locked(f'{path}.tmp') as file, atomic_write(path) as temporary:
         with tqdm(total=len(files), unit=' images', desc=os.path.basename(path)) as bar:
-            _write_database(temporary, files, tables, workers, bar)
+            _write_database(temporary, files, tables, workers, bar, reencoding)
         os.close(os.dup(file.fileno()))                # reports what a network file system could not write
     return len(files), len(tree.classes)
-
-
-def _image_folder(folder):
-    try:
-        return ImageFolder(folder)
-    except FileNotFoundError as error:                 # no classes, or a class without images
-        raise InputError(one_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -77,10 +73,10 @@ def _locked(path):
         yield file
 
 
-def _write_database(path, files, tables, workers, bar):
+def _write_database(path, files, tables, workers, bar, reencoding=None):
     """Write the entries to a new LMDB file: the records of the image `files`, then the `tables`."""
     def read_records(indices):
-        return [(image_key(index), _read_record(files[index])) for index in indices]
+        return [(image_key(index), _read_record(files[index], reencoding)) for index in indices]
 
     size = 0
     with (ThreadPoolExecutor(workers) as pool,
@@ -93,7 +89,7 @@ def _write_database(path, files, tables, workers, bar):
         _put(env, tables.items())
 
 
-def _read_record(path):
+def _read_record(path, reencoding=None):
     """The record of an image file, read without a copy. With `read_file`, converting takes a tenth longer."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe waits for a writer
     try:
@@ -103,7 +99,7 @@ def _read_record(path):
         record, image = empty_record(status.st_size)
         if os.readv(file, [image, bytearray(1)]) != status.st_size:            # one byte more, to detect growth
             raise DataError(f'{path} changed while it was read; convert again')
-        return record
+        return encode_image(reencoding(bytes(image), lambda: path)) if reencoding else record
     finally:
         os.close(file)
 
@@ -139,7 +135,7 @@ def verify(path, workers=4):
         database = open_database(path)
         number, load = database.num_images, database.load
     else:
-        files = [file for file, _ in _image_folder(path).samples]
+        files = [file for file, _ in ImageFolder(path).samples]
         number, load = len(files), lambda index: load_image(files[index])
 
     def faults(indices):
@@ -177,9 +173,14 @@ def parse_args(argv=None):
         description='Convert trees <dir>/<split>/<class>/<image> to one LMDB file each, <dir>/<split>.lmdb.')
     add = parser.add_argument
     add('--dir', required=True, help='folder of the splits')
-    add('--splits', type=split_names, default='train,val', help='names, separated by commas (default: %(default)s)')
+    add('--splits', type=split_names, help='names, separated by commas (default: train,val)')
     add('--workers', type=positive(int),
-        help='threads that read files; more help if the disk responds slowly (default: 1; for --verify, one per core)')
+        help='threads that read files; more help if the disk responds slowly (default: 1; for --short-side and '
+             '--verify, one per core)')
+    add('--short-side', type=positive(int), metavar='PIXELS',
+        help='store training images whose shorter side is longer as JPEGs of this size, for faster training; '
+             'validation images only if --splits names val')
+    add('--quality', type=within(1, 100, int), default=92, help='with --short-side: of these JPEGs (default: %(default)s)')
     add('--force', action='store_true', help='replace an existing database, once the new one is complete')
     add('--verify', action='store_true',
         help='write nothing; decode every image of the existing trees and databases, and list those that do not '
@@ -188,7 +189,11 @@ def parse_args(argv=None):
 
 
 def convert_all(folders, workers=1, force=False):
-    """Convert each tree `folder` to `folder`.lmdb; all are checked before the first, which may take an hour."""
+    """Convert trees to databases `folder`.lmdb; all are checked before the first, which may take an hour.
+
+    Args:
+        folders: dict, folder of a tree → its `Reencoding`, or None to store the files unchanged.
+    """
     for folder in folders:
         if not os.path.isdir(folder):
             raise missing_split('--dir', *os.path.split(folder))
@@ -196,10 +201,11 @@ def convert_all(folders, workers=1, force=False):
             raise InputError(f'{folder}.lmdb is a folder; remove it first')
         if os.path.exists(f'{folder}.lmdb') and not force:
             raise InputError(f'{folder}.lmdb exists; --force replaces it, --splits leaves it out')
-    for folder in folders:
+    for folder, reencoding in folders.items():
         path = f'{folder}.lmdb'
-        num_images, num_classes = convert(folder, path, workers)
-        print(f'{path}: {num_images:,} images of {num_classes:,} classes, {os.path.getsize(path):,} bytes')
+        num_images, num_classes = convert(folder, path, workers, reencoding)
+        print(f'{path}: {num_images:,} images of {num_classes:,} classes, {os.path.getsize(path):,} bytes'
+              + (f'; {reencoding}' if reencoding else ''))
 
 
 def verify_all(folders, workers):
@@ -216,11 +222,14 @@ def verify_all(folders, workers):
 def main(argv=None):
     """Convert or verify; → exit status, 1 if an image does not decode."""
     args = parse_args(argv)
-    folders = [os.path.join(args.dir, split) for split in args.splits]
+    reencoding = Reencoding(args.short_side, args.quality) if args.short_side else None
+    # A validation image that is not the original would change every figure, so it must be asked for
+    folders = {os.path.join(args.dir, split): reencoding if args.splits or split != 'val' else None
+               for split in args.splits or ('train', 'val')}
     try:
         if args.verify:
             return int(verify_all(folders, args.workers or os.cpu_count()) > 0)
-        convert_all(folders, args.workers or 1, args.force)
+        convert_all(folders, args.workers or (os.cpu_count() if reencoding else 1), args.force)
     except OSError as error:
         raise InputError(one_line(error)) from error
     except lmdb.Error as error:                        # a full disk is "Input/output error" for LMDB

@@ -12,7 +12,6 @@ import functools
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -20,14 +19,16 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import PIL
+import cv2
+import simplejpeg
 import torch
 import torchvision
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 
 from datasets import SeededDataset, build_dataset, build_loader
+from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
 from measuring.benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
 from runtime.arguments import ArgumentParser, positive, timm_model
@@ -66,7 +67,8 @@ class LoadingProtocol:
     def __str__(self):
         return (f'batches of {self.batch_size} of {self.input_size}×{self.input_size}, normalised float32 on '
                 f"{device_name(self.device)}; DeiT's training transform; torch {torch.__version__}, "
-                f'torchvision {torchvision.__version__}, Pillow {PIL.__version__}; median [min–max] of {self.windows} '
+                f'torchvision {torchvision.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}, '
+                f'simplejpeg {simplejpeg.__version__}; median [min–max] of {self.windows} '
                 f'windows of at least {self.window_seconds:g} s; a core: one process of one thread; all: '
                 f'{self.num_workers} workers')
 
@@ -77,7 +79,7 @@ class Pipeline(NamedTuple):
     """A way from stored images to batches for a model.
 
     Args:
-        name: split, class of the data set, variant.
+        name: split, class of the data set, shorter side of re-encoded images, variant.
         dataset: of (transformed image, label).
         batches: function (dataset, number of workers) → iterator over the images of an epoch, normalised float32
             (B, 3, S, S) on the device.
@@ -118,7 +120,7 @@ def our_batches(dataset, num_workers, is_train, batch_size, device, preprocessin
 
 
 def pipelines(data_path, is_train, protocol):
-    """Yield the pipelines of a split, the plain one first: one for each storage and each resize.
+    """Yield the pipelines of a split, the plain one first: one for each storage and each transform.
 
     Raises:
         InputError: there are neither image files nor a database.
@@ -131,13 +133,16 @@ def pipelines(data_path, is_train, protocol):
     transform = plain_transform(is_train, protocol.input_size, protocol.preprocessing)
     plain = ImageFolder(folder, transform) if folder.is_dir() else ImageFolderLMDB(database, transform)
     yield Pipeline(f'{split}, {type(plain).__name__}, plain', plain, functools.partial(plain_batches, **settings))
-    for use_lmdb, fast_resize in itertools.product((False, True), (False, True) if is_train else (False,)):
+    for use_lmdb, fast_transforms in itertools.product((False, True), (False, True) if is_train else (False,)):
         if (database if use_lmdb else folder).exists():
             dataset = build_dataset(is_train, data_set='IMNET', data_path=data_path, use_lmdb=use_lmdb,
-                                    input_size=protocol.input_size, fast_resize=fast_resize,
+                                    input_size=protocol.input_size, fast_transforms=fast_transforms,
                                     train_interpolation=protocol.preprocessing.interpolation,
                                     preprocessing=protocol.preprocessing, **AUGMENTATION)
-            yield Pipeline(f'{split}, {type(dataset).__name__}{", --fast-resize" if fast_resize else ""}', dataset,
+            reencoding = getattr(dataset, 'reencoding', None)
+            name = f'{split}, {type(dataset).__name__}' + (f' of {reencoding.short_side}' if reencoding else '')
+            name += ', --fast-transforms' if fast_transforms else ''
+            yield Pipeline(name, dataset,
                            functools.partial(our_batches, preprocessing=protocol.preprocessing, **settings))
 
 
@@ -193,7 +198,8 @@ def time_stages(pipeline, num_images=256):
     """
     dataset = pipeline.dataset
     steps, dataset.transform = dataset.transform.transforms, None
-    stages = [('read and decode', lambda index: dataset[index][0]), *((type(step).__name__, step) for step in steps)]
+    first = 'read' if type(steps[0]).__name__ == 'DecodedCrop' else 'read and decode'
+    stages = [(first, lambda index: dataset[index][0]), *((type(step).__name__, step) for step in steps)]
     stages.append(('batch', None))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     times = {name: [] for name, _ in stages}

@@ -8,7 +8,7 @@ here. A model of timm becomes an EViT with the weights that it has::
     model = timm.create_model('vit_base_patch14_reg4_dinov2.lvd142m', pretrained=True)
     model = to_evit(model, base_keep_rate=0.7, fuse_token=True)
     logits = model(images)                                # each block at its own rate
-    logits = model(images, keep_rate=0.9)                 # another rate in the `drop_loc` blocks, for this call
+    logits = model(images, keep_rate=0.9)                 # another rate for this call
     logits, kept = model(images, get_idx=True)            # and which tokens each reorganising block kept
 
 Importing this module registers `VARIANTS`, the EViTs made of DeiTs, with timm::
@@ -20,7 +20,6 @@ import inspect
 from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models import (PretrainedCfg, build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg,
@@ -31,9 +30,10 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer, 
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from evit.blocks import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock, EViTEvaBlockPostNorm,
-                         EViTRopeAttention, InplaceGELU)
+                         EViTMlp, EViTRopeAttention)
 from evit.feature_maps import FeatureMaps
 from evit.lvvit import LVViT
+from evit.merging import size_bias
 from evit.position_embedding import ResizedPositions, resize_pos_embed     # noqa: F401, for code that imports it here
 from evit.reorganization import WAYS, patches_after, patches_per_token, rope_rows, weigh_by_size
 from evit.reorganization import class_attention, reorganize_tokens         # noqa: F401, for code that imports them here
@@ -63,8 +63,8 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
 
         Args:
             x: images (B, 3, H, W).
-            keep_rate: None for each block's own rate; a number for the `drop_loc` blocks (1 or more keeps all
-                tokens; `uniform` spreads it); or a sequence with a rate for each of the `depth` blocks.
+            keep_rate: None for each block's own rate; a number instead of `base_keep_rate` (1 or more keeps all
+                tokens); or a sequence with a rate for each of the `depth` blocks.
             kept_counts: how many tokens each of the `depth` blocks keeps, None for all (see the method of this name),
                 instead of a rate. A compiled model needs one graph for all integers, but a graph for each rate.
             get_idx: also return the kept positions.
@@ -75,8 +75,8 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
         """
         x, rope = self.embed(x)                                                        # (B, P + N, C)
         num_patches = x.shape[1] - self.num_prefix_tokens
-        x, stages = self.run_blocks(x, rope, keep_rate, kept_counts)                   # (B, P + n, C)
-        logits = self.forward_head(self.weigh_tokens(self.norm(x), stages, num_patches))
+        x, stages = self.run_blocks(x, rope, keep_rate, kept_counts, prefix_only=self.reads_prefix_only())
+        logits = self.classify(self.norm(x), stages, num_patches)
         return (logits, [stage.idx for stage in stages if stage]) if get_idx else logits
 
     def forward_features(self, x, keep_rate=None):
@@ -87,13 +87,14 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
         """Images (B, 3, H, W) → tokens (B, P + N, C), and the rotary position embedding, None without one."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None
 
-    def run_blocks(self, x, rope, keep_rate=None, kept_counts=None, observed=()):
+    def run_blocks(self, x, rope, keep_rate=None, kept_counts=None, observed=(), prefix_only=False):
         """Run all blocks on tokens (B, P + N, C).
 
         Args:
             rope: as `embed` returns it.
             keep_rate, kept_counts: as in `forward`.
             observed: blocks whose scores are returned, too.
+            prefix_only: whether the last block may leave out the tokens after the prefix tokens.
         Returns:
             tokens (B, P + n, C), and for each block its `Reorganization`, None if it kept all tokens.
         """
@@ -101,7 +102,8 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
         counts = len(rates) * [None] if kept_counts is None else kept_counts
         patches, sizes, stages, num_patches = None, None, [], x.shape[1] - self.num_prefix_tokens
         for i, (rate, k) in enumerate(zip(rates, counts, strict=True)):
-            x, done = self.run_block(i, x, rope, patches, sizes=sizes, keep_rate=rate, k=k, get_scores=i in observed)
+            x, done = self.run_block(i, x, rope, patches, sizes=sizes, keep_rate=rate, k=k, get_scores=i in observed,
+                                     prefix_only=prefix_only and i == len(rates) - 1)
             stages.append(done)
             if done is not None:
                 sizes = done.sizes
@@ -128,27 +130,42 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
         saved = {'context_fn': SAVE_SELECTION} if torch.compiler.is_compiling() else {}
         return checkpoint(block, x, use_reentrant=False, **saved)
 
-    def weigh_tokens(self, x, stages, num_patches):
-        """Weigh tokens (B, P + n, C) by their patches, if the head pools by average ('avg') and not all are one patch.
+    def reads_prefix_only(self):
+        """Whether the head reads the prefix tokens only, and nobody watches the last block by a hook."""
+        if self.global_pool != 'token' or self.cls_token is None or getattr(self, 'attn_pool', None) is not None:
+            return False
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.blocks[-1].modules())
 
-        `stages` is that of `run_blocks`.
+    def classify(self, x, stages, num_patches):
+        """Normalised tokens (B, P + n, C) → logits (B, num_classes).
+
+        Where the head pools by average or by attention, a token counts for all patches that it stands for.
+
+        Args:
+            stages: as `run_blocks` returns them.
+            num_patches: N.
         """
-        stages = [stage for stage in stages if stage and stage.idx is not None]
-        if not stages or self.global_pool != 'avg':
-            return x
-        sizes = stages[-1].sizes
-        if sizes is None and WAYS[self.token_settings.way].extra_tokens:
+        stages, prefix = [stage for stage in stages if stage and stage.idx is not None], self.num_prefix_tokens
+        sizes = stages[-1].sizes if stages else None
+        if getattr(self, 'attn_pool', None) is not None:
+            if sizes is None:
+                return self.forward_head(x)
+            first = 0 if getattr(self, 'pool_include_prefix', True) else prefix
+            bias = size_bias(sizes, prefix, x.dtype)[..., first:]
+            return self.head(self.head_drop(self.fc_norm(self.attn_pool(x[:, first:], attn_mask=bias))))
+        if sizes is None and stages and WAYS[self.token_settings.way].extra_tokens:
             sizes = patches_per_token([stage.idx for stage in stages], num_patches)
-        if sizes is None:
-            return x
-        return weigh_by_size(x, sizes, num_patches, getattr(self, 'pool_include_prefix', False))
+        if sizes is not None and self.global_pool == 'avg':
+            x = weigh_by_size(x, sizes, num_patches, getattr(self, 'pool_include_prefix', False))
+        return self.forward_head(x)
 
     def block_keep_rates(self, keep_rate=None):
         """The rate of each block for the `keep_rate` of `forward`; ValueError if it is not valid."""
         if keep_rate is None:
             return [block.keep_rate for block in self.blocks]
         if not hasattr(keep_rate, '__len__'):
-            keep_rate = self.token_settings.rates(len(self.blocks), keep_rate)
+            keep_rate = self.token_settings.block_rates(keep_rate, len(self.blocks), self.patch_embed.num_patches,
+                                                        self.embed_dim)
         if len(keep_rate) != len(self.blocks) or not all(rate > 0 for rate in keep_rate):
             raise ValueError(f'keep_rate must be above 0, one number or one for each of {len(self.blocks)} blocks')
         return keep_rate
@@ -189,6 +206,9 @@ class EViTLVViT(TokenReorganization, LVViT):
     logits have no label.
     """
 
+    def reads_prefix_only(self):
+        return False
+
     def forward(self, x, keep_rate=None, kept_counts=None, get_idx=False, mixed=None):
         """As any EViT's; or with `mixed`, in training, what `TokenLabelingLoss` takes.
 
@@ -218,7 +238,7 @@ EVIT_CLASSES = {
     VisionTransformer: EViT, VisionTransformerDistilled: EViTDistilled, Eva: EViTEva, LVViT: EViTLVViT,
     Block: EViTBlock, EvaBlock: EViTEvaBlock, EvaBlockPostNorm: EViTEvaBlockPostNorm,
     Attention: EViTAttention, EvaAttention: EViTEvaAttention, AttentionRope: EViTRopeAttention,
-    nn.GELU: InplaceGELU,
+    Mlp: EViTMlp,
 }
 TIMM_CLASSES = {ours: theirs for theirs, ours in EVIT_CLASSES.items()}
 UNSERVED = {
@@ -235,13 +255,14 @@ def to_evit(model, base_keep_rate=None, drop_loc=None, fuse_token=None, merge_to
     timm's methods go on to work, `from_evit` turns it back. A call on an EViT changes the settings that it names.
 
     Args:
-        model: a `VisionTransformer`, `VisionTransformerDistilled` or `Eva` with a class token.
+        model: a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`; one without a class token can only merge.
         base_keep_rate: fraction of tokens that a reorganising block keeps, in (0, 1]; 0.7 by default.
         drop_loc: numbers of the reorganising blocks, from 0; by default after a quarter, a half and three quarters of
             the blocks, as in the paper (3, 6 and 9 of 12).
         fuse_token: fuse the other tokens into one instead of dropping them.
-        merge_token: merge each of them into the kept token that it is most similar to (`merge_into_nearest`), which
-            from then on counts for all that it stands for (`size_bias`); for weights that were trained with all tokens.
+        merge_token: merge the tokens that are most similar to others into these (`merge_tokens`), which from then on
+            count for all that they stand for (`size_bias`); for weights that were trained with all tokens. By default
+            in more blocks, with as much work as fusing at the same rate (`merging_blocks`, `merging_rate`).
         uniform, token_counts, way, score: as in `TokenSettings`.
         settings: the `TokenSettings` to start from; those of the model if it is an EViT.
     Returns:
@@ -255,7 +276,11 @@ def to_evit(model, base_keep_rate=None, drop_loc=None, fuse_token=None, merge_to
         raise ValueError(f'{type(model).__name__} cannot become an EViT: {reason}')
     settings = settings or getattr(model, 'token_settings', TokenSettings())
     settings = settings.updated(base_keep_rate, drop_loc, fuse_token, merge_token, uniform, token_counts, way, score)
-    settings, rates = settings.at_depth(len(model.blocks), model.patch_embed.num_patches, model.num_prefix_tokens)
+    if model.cls_token is None and WAYS[settings.way].needs_scores and settings.score == 'class_attention':
+        raise ValueError(f'{type(model).__name__} has no class token, whose attention ranks the tokens; merging needs '
+                         'none: merge_token=True')
+    rates = settings.own_rates(len(model.blocks), model.patch_embed.num_patches, model.num_prefix_tokens,
+                               model.embed_dim)
     swap_classes(model, EVIT_CLASSES)
     model.token_settings = settings
     for block, rate in zip(model.blocks, rates):
@@ -280,8 +305,7 @@ def from_evit(model):
 def swap_classes(model, classes):
     """Give the parts of a model that an EViT changes the classes {present class: other class}."""
     blocks = list(model.blocks)
-    activations = [block.mlp.act for block in blocks if type(block.mlp) is Mlp]
-    for module in (model, *blocks, *(block.attn for block in blocks), *activations):
+    for module in (model, *blocks, *(block.attn for block in blocks), *(block.mlp for block in blocks)):
         module.__class__ = classes.get(type(module), type(module))
 
 
@@ -293,8 +317,6 @@ def obstacle(model):
     if not is_served(model):
         return UNSERVED.get(type(model).__name__,
                             'it is no VisionTransformer or Eva of timm, or it is a subclass or a wrapper of one')
-    if model.cls_token is None:
-        return 'it has no class token, whose attention ranks the tokens'
     for block in model.blocks:
         if not is_served(block):
             return f'its blocks are {type(block).__name__}; Block, EvaBlock and EvaBlockPostNorm are served'

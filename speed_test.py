@@ -34,6 +34,7 @@ from measuring.benchmark import (Protocol, add_protocol_arguments, largest_batch
 from measuring.plots import plot_throughput
 from models_evit import VARIANTS, obstacle
 from runtime.arguments import ArgumentParser, keep_rate, positive, timm_model
+from runtime.attention_priority import flash_first
 from runtime.model_factory import create_model
 from runtime.program import run_program
 from runtime.utils import InputError, choose_kernels
@@ -369,7 +370,8 @@ def main(argv=None):
                         channels_last=args.channels_last)
     title = f'{protocol}; EViT with other tokens {"fused" if args.fuse_token else "dropped"}'
     print(title, flush=True)
-    rows = compare(candidates, protocol, args.fuse_token, args.reference, args.runtimes)
+    with flash_first(args.device):
+        rows = compare(candidates, protocol, args.fuse_token, args.reference, args.runtimes)
     print(*format_table(rows), sep='\n')
     if args.csv:
         write_csv(args.csv, rows)

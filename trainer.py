@@ -14,17 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import check_weights, keep_rate_at, train_one_epoch
 from evit.pictures import draw_sheets
-from runtime.checkpoint import BEST, NEWEST, PREVIOUS, CheckpointWriter, load_weights
+from runtime.checkpoint import BEST, CheckpointWriter, load_weights
 from runtime.compiled_model import CompiledModel
 from runtime.distributed import StopSignal, Stopped, leave_process_group, log, rank, world_size
 from runtime.failures import Failures
 from runtime.logger import RunLog, make_output_folder
+from runtime.reading import NEWEST, PREVIOUS
 from runtime.utils import InputError, autocast
 
 # What the flags set in an optimizer, and what the scheduler of --sched plateau has found out
 HYPERPARAMETERS = {'lr', 'initial_lr', 'max_lr_snapshot', 'weight_decay', 'betas', 'beta1', 'betas_1d', 'eps',
                    'momentum', 'fused'}
 PLATEAU_STATE = {'best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch', '_last_lr'}
+
+LONG_WAIT = 0.2                                        # share of an epoch that is worth a line
 
 
 class Trainer:
@@ -135,6 +138,9 @@ class Trainer:
                                         keep_rate=keep_rate if self.keep_rate_at else None,
                                         after_update=self.after_update, log_step=log_step)
         stats = progress.summary()
+        if stats['loader_wait'] > LONG_WAIT:
+            log(f'Epoch: [{self.epoch}] {stats["loader_wait"]:.0%} of the time was spent waiting for images; more '
+                '--num-workers, --fast-transforms, or LMDB (folder2lmdb.py, --use-lmdb) may help: docs/data.md')
         self.progress = progress.state_dict()
         return {f'train_{key}': value for key, value in stats.items()}
 

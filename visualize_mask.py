@@ -22,7 +22,7 @@ SHEET_IMAGES = 128     # images at most, to keep a sheet readable
 
 def save_masked(model, images, indices, output_dir, keep_rate=None,
                 mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
-    """Write each image as `img_{index}_a.jpg` and, after each stage, as `img_{index}_l0.jpg`, `img_{index}_l1.jpg`, …
+    """Write each image as `img_{index}_a.jpg` and after each stage as `img_{index}_block{number}.jpg`, blocks from 0.
 
     Args:
         model, images, keep_rate: as in `kept_patches`.
@@ -37,11 +37,12 @@ def save_masked(model, images, indices, output_dir, keep_rate=None,
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     inputs = denormalize(images, mean, std)
-    masked = stage_images(images, observe(model, images, keep_rate), pixels_per_patch(model), mean, std)
+    seen = observe(model, images, keep_rate)
+    masked = stage_images(images, seen, pixels_per_patch(model), mean, std)
     for index, picture, stages in zip(indices, inputs, masked):
         save_jpeg(picture, output_dir / f'img_{index}_a.jpg')
-        for stage, picture in enumerate(stages):
-            save_jpeg(picture, output_dir / f'img_{index}_l{stage}.jpg')
+        for block, picture in zip(seen.blocks, stages):
+            save_jpeg(picture, output_dir / f'img_{index}_block{block}.jpg')
 
 
 def save_jpeg(picture, path):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import curve
 from engine import evaluate
-from evit.reorganization import size_bias
+from evit.merging import size_bias
 from measuring.accuracy_curve import with_way
 from measuring.benchmark import macs, paired_throughput
 from models_evit import EViT, to_evit
@@ -98,7 +98,7 @@ def main(argv=None):
         raise InputError('give --resume CHECKPOINT and --keep-rates')
     device = init_process_group(args.device)
     loader, _ = curve.build_loaders(args, device)
-    model = curve.build_model(args, len(loader.dataset.classes), device)
+    model = curve.build_model(args, loader.dataset, device)
     if not isinstance(model, EViT):
         raise InputError(f'{args.model} is no VisionTransformer of timm, which alone is served here')
     model, amp_dtype = with_way(model, 'merge'), choose_amp_dtype(args.amp_dtype, device)

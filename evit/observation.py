@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from evit.eval_mode import eval_mode
-from evit.reorganization import patches_after
+from evit.reorganization import Reorganization, patches_after
 
 
 def patches_of_tokens(kept, batch_size, num_patches, device=None):
@@ -64,7 +64,7 @@ class Observation(NamedTuple):
         blocks: the stages, as block numbers from 0.
         kept: bool (B, stages, rows, cols), the patches that have their own token after the stage.
         attention: float32 (B, stages, rows, cols), the class token's attention to each patch in the stage, NaN where
-            the patch no longer had a token of its own.
+            the patch no longer had a token of its own, or where there is no class token.
         logits: (B, classes).
         groups: int (B, stages, rows, cols), patches with the same number are one token after the stage; None unless the
             model merges tokens.
@@ -87,21 +87,21 @@ def observe(model, images, keep_rate=None):
         images: (B, 3, H, W), normalised, on the model's device.
         keep_rate: as in the model's `forward`.
     """
-    blocks = [i for i, rate in enumerate(model.block_keep_rates(keep_rate))
-              if rate < 1 or i in model.token_settings.drop_loc]
+    stage_blocks = model.token_settings.blocks(len(model.blocks))
+    blocks = [i for i, rate in enumerate(model.block_keep_rates(keep_rate)) if rate < 1 or i in stage_blocks]
     with eval_mode(model):
         x, rope = model.embed(images)                                                  # (B, P + N, C)
-        x, done = model.run_blocks(x, rope, keep_rate, observed=blocks)
-        stages = [done[i] for i in blocks]
-        num_patches = stages[0].scores.shape[1] if stages else x.shape[1] - model.num_prefix_tokens
-        logits = model.forward_head(model.weigh_tokens(model.norm(x), done, num_patches))
+        num_patches = x.shape[1] - model.num_prefix_tokens
+        x, done = model.run_blocks(x, rope, keep_rate, observed=() if model.cls_token is None else blocks)
+        stages = [done[i] or Reorganization() for i in blocks]
+        logits = model.classify(model.norm(x), done, num_patches)
     grid_size = model.patch_embed.dynamic_feat_size(images.shape[-2:])
     shape = len(images), num_patches
     kept = [stage.idx for stage in stages]
     attention = torch.full((shape[0], len(blocks), shape[1] + 1), math.nan, device=images.device)
     for row, patches, stage in zip(attention.unbind(1), patches_of_tokens(kept, *shape, images.device), stages):
-        scores = stage.scores.float()                                                  # (B, n)
-        row.scatter_(1, patches[:, :scores.shape[1]], scores)
+        if stage.scores is not None:
+            row.scatter_(1, patches[:, :stage.scores.shape[1]], stage.scores.float())
     groups = None
     if any(stage.nearest is not None for stage in stages):
         groups = groups_of_patches(stages, *shape, images.device).unflatten(-1, grid_size)

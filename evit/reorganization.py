@@ -4,6 +4,9 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from evit.gather import gather_rows
+from evit.merging import merge_tokens, merging_blocks, merging_rate
+
 
 class Reorganization(NamedTuple):
     """What a block did with N tokens.
@@ -13,13 +16,15 @@ class Reorganization(NamedTuple):
         sizes: (B, k), how many patches each stands for; None unless the others were merged.
         other_idx: (B, N − k), positions of the others; None unless they were merged.
         nearest: (B, N − k), which of the k each of them joined.
-        tokens, scores: (B, N, C) and (B, N), the tokens themselves and what ranked them, if asked for.
+        tokens, remaining: (B, N, C) and (B, k [+ 1], C), the tokens before and after, if asked for.
+        scores: (B, N), what ranks the tokens, if asked for.
     """
     idx: torch.Tensor = None
     sizes: torch.Tensor = None
     other_idx: torch.Tensor = None
     nearest: torch.Tensor = None
     tokens: torch.Tensor = None
+    remaining: torch.Tensor = None
     scores: torch.Tensor = None
 
 
@@ -39,7 +44,7 @@ def reorganize_tokens(tokens, scores, k, fuse=False):
         tokens (B, k, C), or (B, k + 1, C) with the fused one, and their positions in the input (B, k).
     """
     idx = scores.topk(k, dim=1, sorted=False).indices                                  # (B, k)
-    remaining = tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))   # (B, k, C)
+    remaining = gather_rows(tokens, idx)                                               # (B, k, C)
     if fuse:
         # Kept tokens get weight 0, which saves computing the complement of idx. Without autocast, because casting
         # all tokens would cost more than this product saves.
@@ -49,82 +54,57 @@ def reorganize_tokens(tokens, scores, k, fuse=False):
     return remaining, idx
 
 
-def merge_into_nearest(tokens, others, sizes, other_sizes):
-    """Merge each of the other tokens into the token that it is most similar to, by the cosine.
-
-    A token becomes the mean of all that it stands for, weighted by their sizes: the joining of DiffRate (ICCV 2023)
-    and Token Merging (ICLR 2023), here for the tokens that EViT does not keep. The matrix product in place of a scatter
-    with a reduction exports to every runtime.
-
-    Args:
-        tokens: (B, k, C), the kept ones.
-        others: (B, n, C).
-        sizes, other_sizes: (B, k) and (B, n), how many patches each stands for.
-    Returns:
-        tokens (B, k, C), their sizes (B, k), and for each of the others the position of the token it joined (B, n).
-    """
-    similarities = others.detach() @ F.normalize(tokens.detach(), dim=-1).transpose(1, 2)         # (B, n, k), scaled
-    nearest = similarities.argmax(dim=-1)                                                       # (B, n)
-    joins = nearest.unsqueeze(-1) == torch.arange(tokens.shape[1], device=tokens.device)        # (B, n, k)
-    weights = joins * other_sizes.unsqueeze(-1)                                                 # (B, n, k)
-    merged_sizes = sizes + weights.sum(dim=1)                                                   # (B, k)
-    sums = sizes.unsqueeze(-1) * tokens + weights.transpose(1, 2) @ others                      # (B, k, C)
-    return sums / merged_sizes.unsqueeze(-1), merged_sizes, nearest
-
-
-def merge_tokens(tokens, scores, k, sizes=None):
-    """Keep the k tokens with the highest scores; merge the others into them.
-
-    Args:
-        tokens, scores, k: as in `reorganize_tokens`.
-        sizes: (B, N), how many patches each token stands for; None for one each.
-    Returns:
-        tokens (B, k, C) and the `Reorganization`.
-    """
-    with torch.autocast(tokens.device.type, enabled=False):        # bfloat16 similarities would choose other tokens
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        sizes = torch.ones_like(scores, dtype=dtype) if sizes is None else sizes
-        order = scores.argsort(dim=1, descending=True)                                 # (B, N)
-        rows = tokens.to(dtype).gather(1, order.unsqueeze(-1).expand_as(tokens))       # (B, N, C)
-        merged, merged_sizes, nearest = merge_into_nearest(
-            *rows.tensor_split([k], dim=1), *sizes.gather(1, order).tensor_split([k], dim=1))
-    idx, other_idx = order.tensor_split([k], dim=1)
-    return merged.to(tokens.dtype), Reorganization(idx, merged_sizes, other_idx, nearest)
-
-
 def drop_tokens(tokens, scores, k, sizes=None):
-    """Keep the k tokens with the highest scores; drop the others. As `merge_tokens` otherwise."""
+    """Keep the k tokens with the highest scores; drop the others (`Way`)."""
     remaining, idx = reorganize_tokens(tokens, scores, k)
     return remaining, Reorganization(idx)
 
 
 def fuse_tokens(tokens, scores, k, sizes=None):
-    """Keep the k tokens with the highest scores; fuse the others into one. As `merge_tokens` otherwise."""
+    """Keep the k tokens with the highest scores; fuse the others into one (`Way`)."""
     remaining, idx = reorganize_tokens(tokens, scores, k, fuse=True)
     return remaining, Reorganization(idx)
+
+
+def merge_similar_tokens(tokens, scores, k, sizes=None):
+    """Merge the N − k tokens that are most similar to another one into that, whatever their scores (`Way`)."""
+    remaining, *done = merge_tokens(tokens, sizes, k)
+    merged_sizes, idx, other_idx, nearest = done
+    return remaining, Reorganization(idx, merged_sizes, other_idx, nearest)
+
+
+def paper_blocks(depth):
+    """After a quarter, a half and three quarters of the blocks, as in the paper: 3, 6 and 9 of 12."""
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
 
 class Way(NamedTuple):
     """A way to treat the tokens that a block does not keep.
 
     If its `Reorganization` has sizes, the tokens count for so many patches in later attention (`size_bias`) and in
-    average pooling. Otherwise, an extra token counts in average pooling for all patches that it stands for.
+    pooling. Otherwise, an extra token counts in average pooling for all patches that it stands for.
 
     Attributes:
         function: (tokens (B, N, C), scores (B, N), k, sizes (B, N) or None) → tokens (B, k + extra_tokens, C), the kept
             ones first, and the `Reorganization`.
         participle: what the other tokens are then, for tables and captions.
         extra_tokens: how many tokens follow the kept ones, 0 or 1.
+        needs_scores: whether the function reads the scores. If not, they may be None, so a model needs no class token.
+        blocks: depth → numbers of the default blocks.
+        block_rate: (depth, keep rate of the model, number of patches, width) → the rate in these blocks; None for the same.
     """
     function: Callable
     participle: str
     extra_tokens: int = 0
+    needs_scores: bool = True
+    blocks: Callable = paper_blocks
+    block_rate: Callable = None
 
 
 WAYS = {
     'drop': Way(drop_tokens, 'dropped'),
     'fuse': Way(fuse_tokens, 'fused', extra_tokens=1),
-    'merge': Way(merge_tokens, 'merged'),
+    'merge': Way(merge_similar_tokens, 'merged', needs_scores=False, blocks=merging_blocks, block_rate=merging_rate),
 }
 
 
@@ -204,17 +184,6 @@ def weigh_by_size(x, sizes, num_patches, include_prefix=False):
         prefix = prefix * share
     weights = (sizes.to(torch.promote_types(x.dtype, torch.float32)) * share).to(x.dtype)
     return torch.cat([prefix, tokens * weights.unsqueeze(-1)], dim=1)
-
-
-def size_bias(sizes, num_prefix_tokens, dtype):
-    """Proportional attention: log(size), added to the logits of a key, lets it count as many times (Token Merging, §3).
-
-    Args:
-        sizes: (B, n), how many patches each token stands for; each prefix token counts once.
-    Returns:
-        (B, 1, 1, P + n) of `dtype`, an attention mask.
-    """
-    return F.pad(sizes.log(), (num_prefix_tokens, 0)).to(dtype)[:, None, None]
 
 
 def rope_rows(rope, patches):

@@ -4,11 +4,11 @@ import itertools
 import math
 import operator
 
-from evit.reorganization import SCORES, WAYS
+from evit.reorganization import SCORES, WAYS, paper_blocks
 
 
-TOKEN_FLAGS = ('base_keep_rate', 'drop_loc', 'keep_schedule', 'token_counts', 'fuse_token', 'merge_token', 'token_way',
-               'token_score')
+TOKEN_FLAGS = dict.fromkeys(('base_keep_rate', 'drop_loc', 'keep_schedule', 'token_counts', 'fuse_token', 'merge_token',
+                             'token_way', 'token_score')).keys()            # an ordered set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class TokenSettings:
 
     Attributes:
         base_keep_rate: fraction of tokens that a reorganising block keeps, in (0, 1].
-        drop_loc: numbers of the reorganising blocks, from 0; None for those of `default_blocks`.
+        drop_loc: numbers of the reorganising blocks, from 0; None for those of the way.
         way: what becomes of the other tokens, a name of `WAYS`.
         score: what ranks the tokens, a name of `SCORES`.
         uniform: reorganise in every block, at the rate that leaves as many tokens over all blocks (`uniform_rate`).
@@ -53,14 +53,12 @@ class TokenSettings:
             if flag and way not in (None, its_way):
                 raise ValueError(f'way {way!r} and {its_way}_token=True exclude each other')
             way = its_way if flag else 'drop' if flag is False and way is None and self.way == its_way else way
-        counts, blocks = self.token_counts, self.drop_loc
-        if counts and any(value is not None for value in (base_keep_rate, drop_loc, uniform)):
-            counts = blocks = None                     # the blocks were those of the counts
         named = {'base_keep_rate': base_keep_rate, 'way': way, 'score': score, 'uniform': uniform,
-                 'token_counts': counts if token_counts is None else tuple(token_counts),
-                 'drop_loc': blocks if drop_loc is None else tuple(drop_loc)}
-        return dataclasses.replace(self, **{name: value for name, value in named.items() if value is not None
-                                            or name in ('token_counts', 'drop_loc')})
+                 'drop_loc': drop_loc and tuple(drop_loc), 'token_counts': token_counts and tuple(token_counts)}
+        named = {name: value for name, value in named.items() if value is not None}
+        if named.keys() & {'base_keep_rate', 'drop_loc', 'uniform'}:
+            named.setdefault('token_counts', None)
+        return dataclasses.replace(self, **named)
 
     @classmethod
     def of_flags(cls, flags, start=None):
@@ -82,35 +80,34 @@ class TokenSettings:
                 'keep_schedule': 'uniform' if self.uniform else 'stages', 'fuse_token': self.way == 'fuse',
                 'merge_token': self.way == 'merge', 'token_way': self.way, 'token_score': self.score}
 
-    def at_depth(self, depth, num_patches, num_prefix_tokens):
-        """The settings with the numbers of their blocks, and the keep rate of each of `depth` blocks.
+    def blocks(self, depth):
+        """The numbers of the blocks that reorganise tokens at the keep rate; of `uniform` those that set its rate."""
+        return WAYS[self.way].blocks(depth) if self.drop_loc is None else self.drop_loc
 
-        Raises:
-            ValueError: a block number or a count is out of range.
+    def block_rates(self, keep_rate, depth, num_patches, dim):
+        """The keep rate of each of `depth` blocks, if that of the model is `keep_rate`.
+
+        Args:
+            num_patches, dim: number of patches and width of the model.
         """
+        block_rate = WAYS[self.way].block_rate
+        if self.uniform and 0 < keep_rate < 1:
+            return depth * [uniform_rate(depth, paper_blocks(depth) if self.drop_loc is None else self.drop_loc, keep_rate)]
+        if self.drop_loc is None and block_rate and 0 < keep_rate < 1:
+            keep_rate = block_rate(depth, keep_rate, num_patches, dim)
+        blocks = self.blocks(depth)
+        return [keep_rate if i in blocks else 1. for i in range(depth)]
+
+    def own_rates(self, depth, num_patches, num_prefix_tokens, dim):
+        """The keep rate of each of `depth` blocks; ValueError if a block number or a count is out of range."""
         if self.token_counts:
             if len(self.token_counts) != depth:
                 raise ValueError(
                     f'token_counts must have a number for each of {depth} blocks, not {len(self.token_counts)}')
-            rates = rates_of_counts(self.token_counts, num_patches, num_prefix_tokens, WAYS[self.way].extra_tokens)
-            return dataclasses.replace(self, drop_loc=tuple(i for i, rate in enumerate(rates) if rate < 1)), rates
-        settings = self
-        if self.drop_loc is None:
-            settings = dataclasses.replace(self, drop_loc=default_blocks(depth))
-        if not all(0 <= i < depth for i in settings.drop_loc):
-            raise ValueError(f'drop_loc {settings.drop_loc} names a block outside 0 to {depth - 1}')
-        return settings, settings.rates(depth, settings.base_keep_rate)
-
-    def rates(self, depth, keep_rate):
-        """The keep rate of each of `depth` blocks, if that of the reorganising ones is `keep_rate`."""
-        if self.uniform and 0 < keep_rate < 1:
-            return depth * [uniform_rate(depth, self.drop_loc, keep_rate)]
-        return [keep_rate if i in self.drop_loc else 1. for i in range(depth)]
-
-
-def default_blocks(depth):
-    """After a quarter, a half and three quarters of the blocks, as in the paper (3, 6 and 9 of 12)."""
-    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+            return rates_of_counts(self.token_counts, num_patches, num_prefix_tokens, WAYS[self.way].extra_tokens)
+        if not all(0 <= i < depth for i in self.drop_loc or ()):
+            raise ValueError(f'drop_loc {self.drop_loc} names a block outside 0 to {depth - 1}')
+        return self.block_rates(self.base_keep_rate, depth, num_patches, dim)
 
 
 def num_kept(num_tokens, keep_rate):

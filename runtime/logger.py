@@ -1,5 +1,6 @@
 """What a run reports: lines on the console, log.txt, TensorBoard."""
 import datetime
+import itertools
 import json
 import math
 import os
@@ -53,6 +54,7 @@ class Progress:
         self.first_images = self.last_images = self.images
         self.start_step = self.step
         self.start = self.last_time = time.perf_counter()
+        self.waited = None                             # seconds for batches of `batches_of`, in this process
 
     def state_dict(self):
         """The pass so far, of all processes; raises FloatingPointError as a line would."""
@@ -62,6 +64,18 @@ class Progress:
         return {'step': self.step, 'num_steps': self.num_steps, 'images': self.images, 'skipped': self.skipped,
                 'skipped_in_a_row': self.skipped_in_a_row, 'loss_sums': all_reduce(loss_sums).cpu(),
                 'means': {name: (float(mean), number) for name, (mean, number) in self.means.items()}}
+
+    def batches_of(self, loader):
+        """The batches of a loader; measures the time in which they are waited for, but for the first: workers start."""
+        batches, self.waited = iter(loader), 0.
+        yield from itertools.islice(batches, 1)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def add_batch(self, loss, num_images, counts=True, **values):
         """Add a batch: its mean loss (0-d, or None), its size, whether the figures count it, and more scalars of it.
@@ -113,9 +127,10 @@ class Progress:
         speed = (self.images - self.last_images) / (now - self.last_time)
         self.last_time, self.last_images = now, self.images
         values = {name: float(value) for name, value in self.values.items()}
+        waits = [] if self.waited is None else [f'loader_wait: {self.waited / (now - self.start):.2f}']
         parts = [f'{self.title} [{self.step:{len(str(self.num_steps))}}/{self.num_steps}]',
                  f'eta: {datetime.timedelta(seconds=round(seconds))}', *losses,
-                 *(f'{key}: {value:.4g}' for key, value in values.items()), f'images/s: {speed:.0f}']
+                 *(f'{key}: {value:.4g}' for key, value in values.items()), f'images/s: {speed:.0f}', *waits]
         if self.device.type == 'cuda':
             parts.append(f'memory: {torch.cuda.max_memory_allocated(self.device) / 2 ** 20:.0f} MiB')
         log('  '.join(parts))
@@ -123,11 +138,18 @@ class Progress:
             self.log_step(self.step, {**figures, **values, 'images_per_second': speed})
 
     def summary(self):
-        """The figures of the whole pass: mean loss, images/s of the part in this process, means of the scalars."""
+        """The figures of the whole pass: mean loss, means of the scalars; of the part in this process images/s, loader_wait.
+
+        The latter is the share of the time in which the step waited for `batches_of`, the largest of all processes.
+        """
         seconds = time.perf_counter() - self.start
+        waits = {}
+        if self.waited is not None:
+            share = torch.tensor(self.waited / seconds, device=self.device)
+            waits['loader_wait'] = (all_reduce(share, dist.ReduceOp.MAX) if self.lockstep else share).item()
         skipped = {'skipped_steps': self.skipped} if self.skipped else {}
         return {'loss': self.mean_loss(), 'images_per_second': (self.images - self.first_images) / seconds,
-                **{name: float(mean) for name, (mean, _) in self.means.items()}, **skipped}
+                **waits, **{name: float(mean) for name, (mean, _) in self.means.items()}, **skipped}
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 from timm.layers import to_2tuple
 
 from evit.reorganization import SCORES, WAYS
-from evit.settings import TokenSettings, default_blocks
-from models_evit import SIZES, TOKEN_ARGUMENTS, VARIANTS, to_evit
+from evit.settings import TokenSettings
+from models_evit import TOKEN_ARGUMENTS, VARIANTS, to_evit
 from runtime.arguments import block_numbers, keep_rate, key_value, positive, timm_model, token_counts
 from runtime.distributed import log
 from runtime.preprocessing import input_of
@@ -175,8 +175,7 @@ def fill_model_arguments(args, parser, trained=None, as_evit=False):
         asked = TokenSettings.of_flags(vars(args), TokenSettings.of_flags(trained))
         start = TokenSettings() if as_evit else None
         if args.model in VARIANTS:
-            depth = args.model_kwargs.get('depth', SIZES[VARIANTS[args.model].size]['depth'])
-            start = TokenSettings(VARIANTS[args.model].keep_rate, default_blocks(depth))
+            start = TokenSettings(VARIANTS[args.model].keep_rate)
         settings = TokenSettings.of_flags(vars(args), TokenSettings.of_flags(trained, start))
     except ValueError as error:
         parser.error(str(error))

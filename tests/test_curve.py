@@ -14,7 +14,7 @@ import curve as program
 from conftest import PLAIN, run_main
 from datasets import build_dataset, build_loader
 from engine import evaluate
-from main import build_model, parse_args
+from main import build_model, main, parse_args
 from measuring import knn
 from measuring.accuracy_curve import Evaluation, plan_rows, with_way
 from measuring.knn import Neighbours, nearest_votes
@@ -186,6 +186,46 @@ def test_neighbours_of_other_classes(image_folder, tmp_path):
     with pytest.raises(InputError, match='differ in their classes'):
         program.main(program.parse_args([*MODEL, '--resume', str(tmp_path / 'a.pth'), '--knn', '5', '--data-path',
                                          str(tmp_path / 'data'), '--output_dir', str(tmp_path)]))
+
+
+@pytest.mark.parametrize('k', [1, 3])
+def test_top5_of_few_neighbours(k, model, tmp_path):
+    """At most k classes get votes; the others are no answers, though there are fewer than five."""
+    neighbours, rows = Neighbours(k, False), plan_rows([0.5], ['drop'])
+    evaluation = Evaluation(model, rows, tmp_path / 'curve.json', {}, CPU, torch.float32, neighbours=neighbours)
+    neighbours.fill(evaluation.models, [(row.way, row.rate) for row in rows], loader(True), 10, CPU, torch.float32)
+    evaluation.run(loader())
+    correct = {row.way: torch.zeros(2) for row in rows}
+    for images, labels in loader():
+        for row in rows:
+            votes = evaluation.classify(images, row.way, row.rate)
+            assert (votes > -math.inf).sum(dim=1).max() <= k
+            for vote, label in zip(votes, labels):
+                answers = [i for i in vote.argsort(descending=True)[:5].tolist() if vote[i] > -math.inf]
+                correct[row.way] += torch.tensor([float(answers[0] == label), float(label in answers)])
+    for row in rows:
+        assert row.sums[:2] == correct[row.way].tolist() and (k > 1 or row.sums[0] == row.sums[1])
+        assert math.isfinite(row.sums[2])
+
+
+def test_classes_of_the_checkpoint(image_folder, tmp_path, short_windows):
+    """Other names of the classes are an error in each mode that uses the head; the neighbours' names are the data's."""
+    def write(classes):
+        state = {'model': build_model(parse_args(PLAIN), len(classes)).state_dict(), 'classes': classes}
+        torch.save(state, tmp_path / 'a.pth')
+
+    flags = [*MODEL, '--data-path', str(image_folder), '--resume', str(tmp_path / 'a.pth'), '--batch-size', '2',
+             '--device', 'cpu', '--output_dir', str(tmp_path / 'run')]
+    write(['c0', 'green', 'red'])
+    runs = [lambda mode=mode: main(parse_args([*flags, *mode])) for mode in (['--eval'], ['--visualize-mask'], [])]
+    for run in *runs, lambda: program.main(program.parse_args([*flags, '--keep-rates', '0.5'])):
+        with pytest.raises(InputError, match='c0 is in the checkpoint only, blue is in the data only'):
+            run()
+        assert not (tmp_path / 'run').exists() or not [*(tmp_path / 'run').iterdir()]
+    program.main(program.parse_args([*flags, '--knn', '5']))
+    write([*'abcdefg'])                                # whose head has another size, too
+    program.main(program.parse_args([*flags[:-1], str(tmp_path / 'other'), '--knn', '5']))
+    assert (tmp_path / 'other' / 'curve.csv').exists()
 
 
 def test_default_rates_of_neighbours():

@@ -1,6 +1,7 @@
 import io
 import json
 import random
+import struct
 import time
 from functools import partial
 
@@ -13,11 +14,13 @@ from timm.data import create_transform
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
 
 import folder2lmdb
 from datasets import (DeviceLoader, Digits, INaturalist, SeededDataset, build_dataset, build_loader, build_transform,
                       check_same_classes, spread)
-from formats.decoding import decode_picture, decode_pixels, load_image
+from formats.decoding import decode_picture, load_image
+from formats.fast_transforms import EncodedImage
 from loader_benchmark import plain_transform
 from runtime.utils import DataError, InputError
 from samplers import EvalSampler, TrainSampler
@@ -66,6 +69,22 @@ def test_inaturalist(inat):
         assert [round(dataset[i][0].getpixel((0, 0))[0] / 10) for i in range(len(dataset))] == ids
     with pytest.raises(InputError, match='train2019.json is missing'):
         INaturalist(inat, True, 2019)
+
+
+def test_inaturalist_as_its_archive_unpacks(inat):
+    """Images are in a folder of their supercategory. The first image decides, and is looked for once."""
+    flattened = INaturalist(inat, True, 2018).samples
+    (inat / 'train_val2018' / 'Birds').mkdir()
+    for folder in '3', '5', '7':
+        (inat / 'train_val2018' / folder).rename(inat / 'train_val2018' / 'Birds' / folder)
+    train = INaturalist(inat, True, 2018)
+    assert [path.relative_to(inat / 'train_val2018').parts for path, _ in train.samples] == [
+        ('Birds', '7', '0.jpg'), ('Birds', '3', '1.jpg'), ('Birds', '5', '2.jpg'), ('Birds', '7', '3.jpg')]
+    assert [label for _, label in flattened] == train.targets == [0, 1, 2, 0]
+    assert [round(train[i][0].getpixel((0, 0))[0] / 10) for i in range(4)] == [7, 3, 5, 7]
+    (inat / 'train_val2018' / 'Birds').rename(inat / 'train_val2018' / 'Bees')
+    with pytest.raises(InputError, match='neither train_val2018/Birds/7/0.jpg nor train_val2018/7/0.jpg'):
+        INaturalist(inat, True, 2018)
 
 
 def test_image_folder(image_folder):
@@ -169,19 +188,89 @@ def encoded(mode='RGB', kind='JPEG', **options):
     return file.getvalue()
 
 
-IMAGES = {
-    'JPEG 4:2:0': encoded(quality=92), 'JPEG 4:4:4': encoded(quality=92, subsampling=0),
-    'JPEG 4:2:2': encoded(quality=75, subsampling=1), 'progressive': encoded(quality=92, progressive=True),
-    'grey JPEG': encoded('L', quality=92), 'CMYK JPEG': encoded('CMYK', quality=92), 'PNG': encoded(kind='PNG'),
-    'palette PNG': encoded('P', 'PNG'), 'alpha PNG': encoded('RGBA', 'PNG'), '1-bit PNG': encoded('1', 'PNG'),
-    'GIF': encoded('P', 'GIF'), 'WEBP': encoded(kind='WEBP')}
+IMAGES = {'JPEG 4:2:0': encoded(quality=92), 'progressive': encoded(quality=92, progressive=True)}
 
 
-@pytest.mark.parametrize('name', IMAGES)
-def test_decoded_pixels_equal_pillow(name):
-    pixels = decode_pixels(IMAGES[name], lambda: name)
-    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 375, 500)
-    assert np.array_equal(pixels.permute(1, 2, 0), decode_picture(IMAGES[name], lambda: name))
+GREY16 = np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))
+
+
+def file_of(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels_of(image):
+    """What a decoder returned as a tensor (3, H, W)."""
+    return image if isinstance(image, torch.Tensor) else pil_to_tensor(image)
+
+
+def decode_fast(data, where):
+    """The whole image as --fast-transforms decodes it."""
+    image = EncodedImage(data, where)
+    width, height = image.size
+    return torch.from_numpy(np.ascontiguousarray(image.crop(0, 0, height, width, (height, width)))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'PPM', 'JPEG2000', 'big-endian TIFF'])
+def test_16_bit_grey_images(kind, tmp_path):
+    picture = Image.fromarray(GREY16)
+    if kind == 'big-endian TIFF':
+        kind, picture = 'TIFF', Image.frombytes('I;16B', (64, 64), GREY16.astype('>u2').tobytes())
+    (tmp_path / 'val' / 'a').mkdir(parents=True)
+    path = tmp_path / 'val' / 'a' / '0.png'
+    path.write_bytes(file_of(picture, kind))
+    for decode in decode_picture, decode_fast:
+        pixels = pixels_of(load_image(path, decode))
+        assert pixels[0, 0, :6].tolist() == [0, 3, 7, 11, 15, 19] and (pixels == pixels[:1]).all()
+        assert np.array_equal(pixels[0], GREY16 // 257)
+    assert folder2lmdb.verify(str(tmp_path / 'val')) == 0
+
+
+@pytest.mark.parametrize('picture, kind', [
+    (Image.fromarray(GREY16.astype(np.int32)), 'TIFF'), (Image.fromarray(GREY16.astype(np.float32)), 'TIFF'),
+    (Image.fromarray(GREY16.astype(np.float32)), 'PPM')], ids=['I', 'F', 'PFM'])
+def test_images_of_unknown_range(picture, kind, tmp_path, capsys):
+    (tmp_path / 'val' / 'a').mkdir(parents=True)
+    path = tmp_path / 'val' / 'a' / '0.tif'
+    path.write_bytes(file_of(picture, kind))
+    for decode in decode_picture, decode_fast:
+        with pytest.raises(DataError, match=r'0\.tif does not decode: the range of its values is unknown .*mode [IF]'):
+            load_image(path, decode)
+    assert folder2lmdb.verify(str(tmp_path / 'val')) == 1
+
+
+def test_12_bit_tiff(tmp_path):
+    """Pillow reads it as 16 bits, but does not scale it."""
+    data = bytearray(file_of(Image.fromarray(GREY16), 'TIFF'))
+    entry = data.index(struct.pack('<HHL', 258, 3, 1))                           # BitsPerSample
+    data[entry + 8:entry + 10] = struct.pack('<H', 12)
+    with pytest.raises(DataError, match='the range of its values is unknown .*I;16'):
+        decode_picture(bytes(data), lambda: 'a.tif')
+
+
+RED = (200, 30, 30)
+TRANSPARENT = Image.new('RGBA', (8, 8), (*RED, 0))
+
+
+@pytest.mark.parametrize('data, colour', [
+    (file_of(TRANSPARENT, 'PNG'), RED), (file_of(TRANSPARENT, 'WEBP', lossless=True, exact=True), RED),
+    (file_of(TRANSPARENT.convert('LA'), 'PNG'), 3 * (81,)), (file_of(TRANSPARENT.convert('PA'), 'TIFF'), RED),
+    (file_of(TRANSPARENT.convert('P'), 'PNG', transparency=0), RED),
+    (file_of(TRANSPARENT.convert('P'), 'PNG', transparency=bytes(9)), RED),
+    (file_of(Image.new('RGB', (8, 8), RED), 'PNG', transparency=RED), RED),
+    (file_of(Image.new('L', (8, 8), 81), 'PNG', transparency=81), 3 * (81,)),
+    (file_of(Image.new('CMYK', (8, 8), (55, 225, 225, 0)), 'JPEG', quality=95), RED),          # stored inverted, by Adobe
+    (file_of(Image.new('CMYK', (8, 8), (55, 225, 225, 0)), 'TIFF'), RED),
+    (file_of(Image.new('1', (8, 8), 1), 'PNG'), 3 * (255,))],
+    ids=['RGBA PNG', 'RGBA WEBP', 'LA', 'PA', 'P with an index', 'P with alphas', 'RGB with a colour', 'L with a grey',
+         'CMYK JPEG', 'CMYK TIFF', '1'])
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_modes_of_images(data, colour):
+    """Transparency is dropped, the colour stays; CMYK, inverted as Adobe stores it, becomes RGB."""
+    for decode in decode_picture, decode_fast:
+        difference = pixels_of(decode(data, lambda: 'a')).int() - torch.tensor(colour).view(3, 1, 1)
+        assert difference.abs().max() <= 1
 
 
 @pytest.mark.parametrize('data', [b'', b'text', IMAGES['JPEG 4:2:0'][:9000], IMAGES['progressive'][:100],
@@ -189,9 +278,8 @@ def test_decoded_pixels_equal_pillow(name):
 def test_broken_images(data, tmp_path):
     path = tmp_path / 'a.jpg'
     path.write_bytes(data)
-    for decode in (decode_picture, decode_pixels):
-        with pytest.raises(DataError, match=r'a\.jpg does not decode'):
-            load_image(path, decode)
+    with pytest.raises(DataError, match=r'a\.jpg does not decode'):
+        load_image(path)
     with pytest.raises(DataError, match=r'b\.jpg cannot be read: No such file'):
         load_image(tmp_path / 'b.jpg')
 
@@ -213,22 +301,6 @@ def test_training_images_equal_the_plain_transform(options):
         assert torch.equal(normalized([drawn(ours, seed)])[0], drawn(plain, seed))
 
 
-@pytest.mark.parametrize('decode', [decode_picture, decode_pixels])
-@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
-def test_fast_resize_within_2_of_255(interpolation, decode):
-    exact, fast = (build_transform(True, 'IMNET', 96, fast_resize, aa='', color_jitter=0,
-                                   train_interpolation=interpolation) for fast_resize in (False, True))
-    pictures, differences = [read(IMAGES['JPEG 4:2:0'], None) for read in (decode_picture, decode)], []
-    for seed in range(40):
-        images = []
-        for transform, picture in zip((exact, fast), pictures):
-            random.seed(seed), torch.manual_seed(seed)
-            images.append(transform(picture).int())
-        differences.append((images[0] - images[1]).abs())
-    differences = torch.stack(differences)
-    assert 0 < differences.max() <= 2 and (differences > 0).float().mean() < 0.02
-
-
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
     """An image folder with 30 JPEG files in each split."""
@@ -247,9 +319,9 @@ def batches(dataset, num_workers, epoch):
     return [images for images, _ in build_loader(SeededDataset(dataset), sampler, 10, CPU, num_workers)]
 
 
-@pytest.mark.parametrize('fast_resize', [False, True], ids=['exact', 'fast'])
-def test_augmentation_is_a_function_of_seed_epoch_and_position(fast_resize, photos):
-    dataset = build_dataset(True, data_set='IMNET', data_path=photos, input_size=32, fast_resize=fast_resize)
+@pytest.mark.parametrize('fast_transforms', [False, True], ids=['exact', 'fast'])
+def test_augmentation_is_a_function_of_seed_epoch_and_position(fast_transforms, photos):
+    dataset = build_dataset(True, data_set='IMNET', data_path=photos, input_size=32, fast_transforms=fast_transforms)
     alone, two, four, next_epoch = (batches(dataset, *run) for run in ((0, 0), (2, 0), (4, 0), (0, 1)))
     assert len(alone) == 3
     for a, b, c, d in zip(alone, two, four, next_epoch, strict=True):
@@ -279,9 +351,9 @@ def test_loader_settings(monkeypatch):
 
 def test_decoder_of_each_data_set(photos):
     folder2lmdb.convert(str(photos / 'train'), str(photos / 'train.lmdb'))
-    for is_train, fast_resize, expected in ((True, True, decode_pixels), (True, False, decode_picture),
+    for is_train, fast_transforms, expected in ((True, True, EncodedImage), (True, False, decode_picture),
                                             (False, True, decode_picture)):
-        build = partial(build_dataset, is_train, data_set='IMNET', data_path=photos, fast_resize=fast_resize)
+        build = partial(build_dataset, is_train, data_set='IMNET', data_path=photos, fast_transforms=fast_transforms)
         assert build().loader.keywords == {'decode': expected}
         if is_train:
             assert build(use_lmdb=True).decode is expected

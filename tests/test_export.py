@@ -144,6 +144,48 @@ def test_int8(digits_run, tmp_path):
     assert 'MatMulInteger' in {node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node}
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'int8'])
+def test_weights_in_a_second_file(dtype, tmp_path, monkeypatch, capsys):
+    """As torch writes above 1.5 GiB: both are there, are named, and load where they stand. int8 needs one file again."""
+    import onnxruntime
+    from torch.onnx._internal.exporter import _onnx_program
+    monkeypatch.setattr(_onnx_program, '_LARGE_MODEL_THRESHOLD', 1000)
+    monkeypatch.chdir(tmp_path)
+    flags = [*MODELS['fused'], '--input-size', '32', '--model-kwargs', *SMALL, 'embed_dim=64']
+    flags += [*weights(tmp_path / 'a.pth', flags), '--format', 'onnx', '--dtype', dtype, '--output']
+    names = ['a.onnx'] if dtype == 'int8' else ['a.onnx', 'a.onnx.data']
+    for _ in range(2 if dtype == 'float32' else 1):    # also in the place of an earlier export
+        run(*flags, 'a.onnx')
+        printed = capsys.readouterr().out.splitlines()[-1]
+        assert all(f'{name}: ' in printed for name in names) and ('be kept together' in printed) == (len(names) > 1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [*names, 'a.pth']
+    assert (tmp_path / names[-1]).stat().st_size > 50_000
+    (tmp_path / 'moved').mkdir()
+    for name in names:
+        (tmp_path / name).rename(tmp_path / 'moved' / name)
+    monkeypatch.chdir('/')
+    images = torch.randn(2, 3, 32, 32)
+    model = main.build_model(main.parse_args(flags[:flags.index('--resume')]), 5).eval()
+    model.load_state_dict(torch.load(tmp_path / 'a.pth')['model'])
+    session = onnxruntime.InferenceSession(tmp_path / 'moved' / 'a.onnx')
+    output = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+    with torch.no_grad():
+        expected = model(images)
+    assert (output - expected).abs().max() / expected.abs().max() <= program.TOLERANCE[dtype]
+    assert json.loads(session.get_modelmeta().custom_metadata_map['input_size']) == 32
+
+
+def test_second_file_that_does_not_load(tmp_path, monkeypatch):
+    from torch.onnx._internal.exporter import _onnx_program
+    monkeypatch.setattr(_onnx_program, '_LARGE_MODEL_THRESHOLD', 1000)
+    move = program.move_files
+    monkeypatch.setattr(program, 'move_files', lambda *paths: [open(path, 'w').close() or path for path in move(*paths)])
+    flags = [*MODELS['no EViT'], '--input-size', '32', '--model-kwargs', *SMALL]
+    with pytest.raises(InputError, match='b.onnx does not load with b.onnx.data beside it'):
+        run(*flags, *weights(tmp_path / 'a.pth', flags), '--format', 'onnx', '--output', tmp_path / 'b.onnx')
+    assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
+
+
 def test_openvino(tmp_path):
     openvino = pytest.importorskip('openvino')
     flags = [*MODELS['merged registers'], '--input-size', '32', '--model-kwargs', *SMALL]

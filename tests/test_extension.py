@@ -54,7 +54,7 @@ def test_own_score_and_way(own_tables, tmp_path, capsys, monkeypatch):
     for other in (['--token-score', 'class_attention'], ['--token-way', 'drop']):
         main.main(main.parse_args([*evaluate, *other]))
         printed = capsys.readouterr().out
-        assert f'{accuracy:.3f}' not in printed and f'trained with {other[0][2:].replace("-", "_")}' in printed
+        assert f'{accuracy:.3f}' not in printed and f'trained with {other[0].rpartition("-")[2]}' in printed
 
     folder = tmp_path / 'curve'
     measure = functools.partialmethod(curve.Evaluation.measure_speed, windows=1, window_seconds=0.01)

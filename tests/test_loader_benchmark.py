@@ -57,10 +57,10 @@ def test_names_of_pipelines(both, tmp_path):
     """The plain pipeline reads image files, or the database if there are no image files."""
     training = list(pipelines(both, True, protocol()))
     assert [pipeline.name for pipeline in training] == [
-        'train, ImageFolder, plain', 'train, ImageFolder', 'train, ImageFolder, --fast-resize',
-        'train, ImageFolderLMDB', 'train, ImageFolderLMDB, --fast-resize']
+        'train, ImageFolder, plain', 'train, ImageFolder', 'train, ImageFolder, --fast-transforms',
+        'train, ImageFolderLMDB', 'train, ImageFolderLMDB, --fast-transforms']
     crops = [type(pipeline.dataset.transform.transforms[0]).__name__ for pipeline in training]
-    assert [crop == 'FastRandomResizedCrop' for crop in crops] == [False, False, True, False, True]
+    assert [crop == 'DecodedCrop' for crop in crops] == [False, False, True, False, True]
     (tmp_path / 'val.lmdb').symlink_to(both / 'val.lmdb')
     names = [pipeline.name for pipeline in pipelines(tmp_path, False, protocol())]
     assert names == ['val, ImageFolderLMDB, plain', 'val, ImageFolderLMDB']

@@ -263,16 +263,6 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_inplace_gelu():
-    gelu, x = tiny().blocks[0].mlp.act, torch.randn(2, 5, requires_grad=True)
-    hidden = x * 1
-    expected = F.gelu(hidden)
-    assert torch.equal(gelu(hidden), expected) and torch.equal(hidden, x)
-    with torch.no_grad():
-        assert gelu(hidden) is hidden and torch.equal(hidden, expected)
-    assert isinstance(tiny(act_layer=torch.nn.ReLU).blocks[0].mlp.act, torch.nn.ReLU)
-
-
 def test_reset_classifier_and_features():
     model = tiny()
     model.reset_classifier(3)

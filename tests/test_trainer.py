@@ -2,6 +2,8 @@ import io
 import os
 import shutil
 import signal
+import types
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from engine import keep_rate_at
 from main import parse_args
 from outputs import assert_same, checkpoint, events, log_lines, result, tensorboard
 from runtime.checkpoint import CheckpointWriter, load_run, write_checkpoint
-from runtime.distributed import Stopped, StopSignal
+from runtime.distributed import StopSignal, Stopped
 from runtime.logger import Progress
 from runtime.utils import InputError, choose_amp_dtype, seed_all
 from samplers import TrainSampler
@@ -58,7 +60,8 @@ def test_mode_while_finetuning_and_distilling():
 
 @pytest.mark.parametrize('flags', [
     ['--batch-size', '4', '--accum-steps', '2'],
-    ['--batch-size', '8', '--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1']], ids=' '.join)
+    ['--batch-size', '8', '--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1',
+     '--fast-transforms']], ids=' '.join)
 def test_resume_at_any_step_bit_for_bit(flags, image_folder, tmp_path, monkeypatch, one_thread):
     flags = [*TINY, '--data-path', str(image_folder), '--epochs', '3', '--shrink_epochs', '2',
              '--model-ema-decay', '0.9', '--checkpoint-interval', '1', *flags]         # with all augmentation
@@ -357,3 +360,16 @@ def test_masks_are_logged_for_an_evit_with_a_folder(flags, logs, tmp_path):
     args = parse_args(['--output_dir', str(tmp_path), '--device', 'cpu', *flags])
     *_, mask_loader = main.build_loaders(args, CPU)
     assert bool(mask_loader) == logs and (not logs or len(mask_loader.dataset) == 8)
+
+
+@pytest.mark.parametrize('share, lines', [(0.19, 0), (0.21, 1)])
+def test_line_about_a_slow_loader(share, lines, monkeypatch, capsys):
+    training = build_trainer(parse_args([*PLAIN, '--epochs', '1']))
+    training.loader = MagicMock()
+    progress = types.SimpleNamespace(summary=lambda: {'loader_wait': share}, state_dict=dict)
+    monkeypatch.setattr(training, 'train_one_epoch', lambda *_, **__: progress)
+    monkeypatch.setattr(training, 'start_step', lambda _: 0)
+    assert training.train_epoch(training.model) == {'train_loader_wait': share}
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == lines and all('21% of the time' in line and all(
+        name in line for name in ('--num-workers', '--fast-transforms', 'LMDB')) for line in printed)

@@ -92,7 +92,7 @@ def test_registers_finetuned_evaluated_resumed_and_visualized(tmp_path, capsys):
     assert 'Epoch: [1/' in resumed and 'Epoch: [0/' not in resumed
     main.main(parse_args([*REGISTERS, '--visualize_mask', '--n_visualization', '2', '--resume',
                           str(folder / 'checkpoint.pth'), '--output_dir', str(tmp_path / 'pictures')]))
-    with Image.open(tmp_path / 'pictures' / 'img_0_l2.jpg') as picture:
+    with Image.open(tmp_path / 'pictures' / 'img_0_block3.jpg') as picture:
         blocks = np.asarray(picture.convert('L')).reshape(4, 8, 4, 8).max(axis=(1, 3))
     assert (blocks > 8).sum() <= 7                     # 16 → 12 → 10 → 8 tokens, of which 1 or more are fused
 
