@@ -156,8 +156,8 @@ class Progress:
 
 def make_output_folder(path):
     """Create a folder if it is missing → Path; InputError if it cannot be written to."""
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise InputError(f'--output-dir {path} is a file; name a folder, which is made if it is missing')
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InputError(f'--output-dir {path} is a file or a broken link; name a folder, which is made if it is missing')
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -196,7 +196,8 @@ class RunLog:
             self._write_event(0 if overwrites else steps + 1, self.step_events, session_log=start)
             table = '\n'.join(['| flag | value |', '|---|---|', *(
                 f'| --{name.replace("_", "-")} | {value} |' for name, value in sorted(flags.items()))])
-            self._write_event(epoch, summary=summary.text('flags', table))
+            shown = table.encode(errors='backslashreplace').decode()       # the name of a file may be any bytes
+            self._write_event(epoch, summary=summary.text('flags', shown))
 
     def log_epoch(self, epoch, stats, num_parameters):
         """Log the figures of an epoch, a dict of numbers, and the number of trained parameters."""

@@ -114,7 +114,7 @@ def test_keep_rate_of_each_step():
 
     loader = DataLoader(TensorDataset(torch.zeros(6, 3), torch.zeros(6, dtype=torch.long)), 2)
     stats = train_epoch(Model(3), loader, keep_rate=lambda step: 1 - step / 10)
-    assert rates == [1, 0.9, 0.8] and stats['keep_rate'] == 0.8
+    assert rates == [1, 0.9, 0.8] and stats['keep_rate'] == pytest.approx(0.9)             # the mean
 
 
 def test_non_finite_loss():

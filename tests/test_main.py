@@ -81,6 +81,7 @@ def trees(image_folder, teacher, tmp_path):
     Image.new('RGB', (8, 8)).save(tmp_path / 'no_val' / 'train' / 'a' / '0.png')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'junk.pth').write_text('junk')
+    (tmp_path / 'broken').symlink_to('nowhere')
     os.link(teacher, tmp_path / 'teacher.pth')
     return tmp_path
 
@@ -144,7 +145,8 @@ def trees(image_folder, teacher, tmp_path):
     (['--distillation-type', 'hard', '--teacher-path', '{root}/teacher.pth', '--teacher-model', 'deit_tiny_patch16_224',
       '--model', 'deit_tiny_distilled_patch16_shrink_base'], 'no images of 32 pixels'),
     (['--opt', 'adan', '--opt-betas', '.8', '.9'], '--opt adan'),
-    (['--output_dir', '{root}/junk.pth'], 'junk.pth is a file; name a folder'),
+    (['--output_dir', '{root}/broken'], 'broken is a file or a broken link'),
+    (['--output_dir', '{root}/junk.pth'], 'junk.pth is a file or a broken link; name a folder'),
     (['--data-set', 'CIFAR', '--data-path', '{root}'], 'cifar-100-python'),
     (['--data-set', 'INAT', '--data-path', '{root}'], 'categories.json'),
     (['--mixup', '0.8', '--batch-size', '3'], 'odd'),

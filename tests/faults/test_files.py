@@ -1,16 +1,18 @@
 """Full disks, damaged checkpoints, and checkpoints that contain code."""
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 
 from outputs import assert_same, result
-from runs import Run, at_file_operation, fork
+from runs import FLAGS, ROOT, Run, at_file_operation, fork
 from runtime.checkpoint import load_checkpoint, write_checkpoint
 from runtime.utils import InputError
 
@@ -28,6 +30,18 @@ def disk(tmp_path):
     subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], check=True)     # needs root
     yield folder
     subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+def test_full_shared_memory(tmp_path, table):
+    """One line that says what to do, whether images or semaphores do not fit."""
+    command = f'{sys.executable} {ROOT}/main.py {shlex.join(FLAGS)} --input-size 96 --epochs 1 --output_dir {tmp_path}/run'
+    for size, left in (('1m', ''), ('8k', '; head -c 9000 /dev/zero > /dev/shm/full')):
+        inside = f'mount -t tmpfs -o size={size} tmpfs /dev/shm{left}; exec {command}'
+        done = subprocess.run(['unshare', '--mount', 'sh', '-c', inside], capture_output=True, text=True, timeout=120)
+        line = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr
+        assert line.startswith('main.py: error: /dev/shm, ') and '--shm-size' in line and '--num-workers 0' in line
+    table(2, 'a /dev/shm that is too small, or full from the start')
 
 
 def resize(folder, size):
