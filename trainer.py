@@ -140,7 +140,8 @@ class Trainer:
         stats = progress.summary()
         if stats['loader_wait'] > LONG_WAIT:
             log(f'Epoch: [{self.epoch}] {stats["loader_wait"]:.0%} of the time was spent waiting for images; more '
-                '--num-workers, --fast-transforms, or LMDB (folder2lmdb.py, --use-lmdb) may help: docs/data.md')
+                '--num-workers, --fast-transforms or LMDB (folder2lmdb.py, --use-lmdb) may help; loader_benchmark.py '
+                'measures by how much')
         self.progress = progress.state_dict()
         return {f'train_{key}': value for key, value in stats.items()}
 

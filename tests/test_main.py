@@ -231,6 +231,7 @@ def test_flags_of_the_data_set(monkeypatch):
                         lambda is_train, **options: calls.append((is_train, options)) or Digits(is_train))
     given['preprocessing'] = Preprocessing(mean=(0.1, 0.2, 0.3))
     monkeypatch.setattr('runtime.preprocessing.pretrained_input', lambda model: (224, given['preprocessing']))
+    assert parse_args(['--fast-resize']).fast_transforms                               # its former name
     args = parse_args([*flags, '--device', 'cpu', '--output-dir', 'a', '--pretrained'])
     loaders = main.build_loaders(args, torch.device('cpu'))
     assert calls == [(True, given), (False, given)]
