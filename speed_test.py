@@ -32,6 +32,7 @@ from measuring.benchmark import throughput             # noqa: F401, for code th
 from measuring.benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, matrix_product, measured_pass,
                                  peak_memory, stopwatch, time_in_turn, zero_heads)
 from measuring.plots import plot_throughput
+from measuring.profile import profile_pass
 from models_evit import VARIANTS, obstacle
 from runtime.arguments import ArgumentParser, keep_rate, positive, timm_model
 from runtime.attention_priority import flash_first
@@ -150,7 +151,7 @@ def planned_rows(candidates, protocol, reference, runtimes=None):
     eager = dataclasses.replace(protocol, compiled=False)
     original = dataclasses.replace(eager, amp_dtype=torch.float32, gradients=not protocol.train)
     for candidate in candidates if reference else ():
-        if candidate.name in VARIANTS and candidate.way in (None, 'drop', 'fuse'):     # which a PlainEViT can
+        if candidate.name in VARIANTS:                 # which a PlainEViT can
             label = str(candidate).replace(candidate.name, 'plain')
             rows.append((candidate, f'{label}, {eager.precision}', eager, True))
             if original != eager:
@@ -162,10 +163,11 @@ def planned_rows(candidates, protocol, reference, runtimes=None):
         yield PlannedRow(candidate._replace(input_size=size), label, settings, *rest)
 
 
-def prepare(planned, fuse_token, batches):
+def prepare(planned, fuse_token, batches, profile=None):
     """Build and warm up a model; return its stopwatch, and what does not depend on time as a dict.
 
     `batches` holds the images of the models before, {(input size, batch size): (B, 3, S, S)}, for this one to share.
+    The kernels of a pass are appended to the file `profile`.
     """
     protocol = planned.protocol
     model = build_candidate(planned.candidate, fuse_token).to(protocol.device, memory_format=protocol.memory_format)
@@ -180,7 +182,11 @@ def prepare(planned, fuse_token, batches):
         batches[shape] = protocol.images()
     if RUNTIMES[planned.runtime]:
         model = InRuntime(model, RUNTIMES[planned.runtime], batches[shape], protocol.amp_dtype)
-    return stopwatch(measured_pass(model, batches[shape], protocol), protocol), facts
+    run = measured_pass(model, batches[shape], protocol)
+    if profile:
+        with open(profile, 'a') as file:
+            file.write(f'{planned.label}: {profile_pass(run, protocol)}\n')
+    return stopwatch(run, protocol), facts
 
 
 def failure_line(error):
@@ -197,7 +203,7 @@ def window_or_failure(watch, row):
         return math.nan
 
 
-def compare(candidates, protocol, fuse_token, reference=False, runtimes=None):
+def compare(candidates, protocol, fuse_token, reference=False, runtimes=None, profile=None):
     """Measure models in turn.
 
     Args:
@@ -206,6 +212,7 @@ def compare(candidates, protocol, fuse_token, reference=False, runtimes=None):
         fuse_token: whether EViTs of no `way` fuse the tokens that they do not keep.
         reference: also measure a PlainEViT for each EViT.
         runtimes: names of RUNTIMES, each of which runs all models; None for that of the protocol.
+        profile: file to which the kernels of each model are written.
     Returns:
         a list of rows, dicts with `model`, `input_size`, `protocol`, `top1` (percent or None), `source`, and either
         `failure` or `speed` (Throughput), `gmacs` per image, `mparams` (10⁶), `memory_mib` (None on a CPU), `ratio` and
@@ -221,7 +228,7 @@ def compare(candidates, protocol, fuse_token, reference=False, runtimes=None):
                'top1': top1, 'source': source}
         rows.append(row)
         try:
-            watch, facts = prepare(planned, fuse_token, batches)
+            watch, facts = prepare(planned, fuse_token, batches, profile)
         except FAILURES as error:
             row['failure'] = failure_line(error)
         else:
@@ -336,6 +343,7 @@ def parse_args(argv=None):
     parser.add_argument('--channels-last', action='store_true', help='channels-last memory format')
     parser.add_argument('--train', action='store_true', help='measure whole training steps')
     parser.add_argument('--reference', action='store_true', help='also measure an EViT written the plain way')
+    parser.add_argument('--profile', type=Path, metavar='FILE', help='write the kernels of a pass of each model')
     parser.add_argument('--csv', type=Path, metavar='FILE', help='write the table as CSV')
     parser.add_argument('--plot', type=Path, metavar='FILE.png', help='plot images/s against published accuracy')
     args = parser.parse_args(argv)
@@ -347,7 +355,7 @@ def parse_args(argv=None):
         parser.error('--batch-size auto fills the memory of a GPU; on a CPU, give a number')
     if args.runtimes and (args.train or args.compile or args.device.type != 'cpu'):
         parser.error('--runtimes compares inference on a CPU; leave out --train and --compile')
-    for file in (args.csv, args.plot):
+    for file in (args.csv, args.plot, args.profile):
         if file and not file.parent.is_dir():
             parser.error(f'there is no folder {file.parent}')
     if args.plot and not importlib.util.find_spec('matplotlib'):
@@ -370,8 +378,10 @@ def main(argv=None):
                         channels_last=args.channels_last)
     title = f'{protocol}; EViT with other tokens {"fused" if args.fuse_token else "dropped"}'
     print(title, flush=True)
+    if args.profile:
+        args.profile.unlink(missing_ok=True)
     with flash_first(args.device):
-        rows = compare(candidates, protocol, args.fuse_token, args.reference, args.runtimes)
+        rows = compare(candidates, protocol, args.fuse_token, args.reference, args.runtimes, args.profile)
     print(*format_table(rows), sep='\n')
     if args.csv:
         write_csv(args.csv, rows)

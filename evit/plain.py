@@ -14,7 +14,7 @@ class PlainEViT(nn.Module):
     Raises:
         ValueError: it ranks or treats its tokens in a way that is not in the paper.
     """
-    SERVED = {('class_attention', 'drop'), ('class_attention', 'fuse')}
+    SERVED = {('class_attention', 'drop'), ('class_attention', 'fuse'), ('class_attention', 'merge')}
 
     def __init__(self, model):
         super().__init__()
@@ -26,26 +26,35 @@ class PlainEViT(nn.Module):
     def forward(self, x, keep_rate=None):
         """Images (B, 3, H, W) → logits (B, num_classes); `keep_rate` as in the model's own forward."""
         model, prefix = self.model, self.model.num_prefix_tokens
-        fuse = model.token_settings.way == 'fuse'
+        way, sizes = model.token_settings.way, None
         x = model._pos_embed(model.patch_embed(x))                                     # (B, P + N, C)
         for block, rate in zip(model.blocks, model.block_keep_rates(keep_rate)):
-            output, attention = self.attend(block.attn, block.norm1(x))
+            output, attention = self.attend(block.attn, block.norm1(x), sizes)
             x = x + block.ls1(output)
             num_tokens = x.shape[1] - prefix
             k = math.ceil(rate * num_tokens)
-            if k < num_tokens:
+            if k < num_tokens and way == 'merge':
+                tokens, sizes = self.merge(x[:, prefix:], sizes, k)
+                x = torch.cat([x[:, :prefix], tokens], dim=1)
+            elif k < num_tokens:
                 scores = attention[:, :, 0, prefix:].mean(dim=1)                       # (B, N)
-                x = torch.cat([x[:, :prefix], self.reorganize(x[:, prefix:], scores, k, fuse)], dim=1)
+                x = torch.cat([x[:, :prefix], self.reorganize(x[:, prefix:], scores, k, way == 'fuse')], dim=1)
             mlp = block.mlp
             x = x + block.ls2(mlp.fc2(F.gelu(mlp.fc1(block.norm2(x)))))
         return model.forward_head(model.norm(x))
 
     @staticmethod
-    def attend(attn, x):
-        """Tokens (B, N, C) → output (B, N, C) and attention (B, H, N, N) of the attention module `attn`."""
+    def attend(attn, x, sizes=None):
+        """Tokens (B, N, C) → output (B, N, C) and attention (B, H, N, N) of the attention module `attn`.
+
+        `sizes` (B, n) are those of the last tokens, if some were merged.
+        """
         B, N, C = x.shape
         q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        attention = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).softmax(dim=-1)
+        attention = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
+        if sizes is not None:
+            attention[..., N - sizes.shape[1]:] += sizes.log()[:, None, None]
+        attention = attention.softmax(dim=-1)
         return attn.proj((attention @ v).transpose(1, 2).reshape(B, N, C)), attention
 
     @staticmethod
@@ -57,3 +66,25 @@ class PlainEViT(nn.Module):
             return tokens[:, :k]
         weights = scores.gather(1, order[:, k:]).unsqueeze(-1)
         return torch.cat([tokens[:, :k], (weights * tokens[:, k:]).sum(dim=1, keepdim=True)], dim=1)
+
+    @staticmethod
+    def merge(tokens, sizes, k):
+        """Tokens (B, N, C), their sizes (B, N) or None → the same of k tokens, k ≥ N / 2.
+
+        As the code of Token Merging: of every second token, those that are most similar to one of the others are added
+        to it by a scatter.
+        """
+        if 2 * k < tokens.shape[1]:
+            raise ValueError('the plain EViT merges at most half of the tokens in a block')
+        sizes = tokens.new_ones(tokens.shape[:2]) if sizes is None else sizes
+        sources, targets = tokens[:, ::2], tokens[:, 1::2]
+        similarity = F.normalize(sources, dim=-1) @ F.normalize(targets, dim=-1).transpose(1, 2)
+        best, nearest = similarity.max(dim=-1)
+        order = best.argsort(dim=1)
+        staying, leaving = order.tensor_split([len(order[0]) - tokens.shape[1] + k], dim=1)
+        nearest, both = nearest.gather(1, leaving), []
+        for x in sizes.unsqueeze(-1), tokens * sizes.unsqueeze(-1):
+            stay, leave, join = (idx.unsqueeze(-1).expand(-1, -1, x.shape[-1]) for idx in (staying, leaving, nearest))
+            sums = x[:, 1::2].scatter_add(1, join, x[:, ::2].gather(1, leave))
+            both.append(torch.cat([x[:, ::2].gather(1, stay), sums], dim=1))
+        return both[1] / both[0], both[0].squeeze(-1)

@@ -239,7 +239,8 @@ def test_rate_1_equals_timm(distilled):
 
 
 @pytest.mark.parametrize('name', ['deit_tiny_patch16_shrink_base', 'deit_tiny_distilled_patch16_shrink_base'])
-@pytest.mark.parametrize('options', [{}, {'fuse_token': True}, {'init_values': 0.1, 'qk_norm': True}])
+@pytest.mark.parametrize('options', [{}, {'fuse_token': True}, {'init_values': 0.1, 'qk_norm': True},
+                                     {'merge_token': True}])
 def test_model_against_the_definition(name, options):
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=64, num_classes=10, base_keep_rate=0.6, drop_loc=(0, 5, 11),

@@ -35,11 +35,12 @@ def test_recipes_of_the_paper(image_folder, tmp_path):
 
 
 def test_report_of_gpu_tests_with_failures(tmp_path):
-    """Tests that fail, rows without figures and parts without rows do not stop the other parts."""
+    """Tests that fail, a time limit, rows without figures and parts without rows do not stop the other parts."""
     stub = tmp_path / 'python'
     stub.write_text(f'''#!/bin/sh
         case "$*" in
             "- "*) exec {sys.executable} "$@";;
+            "-c "*) exit 124;;
             *"-m pytest"*) echo 2 failed in 3 s; exit 1;;
             *--train*) exit 2;;
         esac
@@ -53,11 +54,14 @@ def test_report_of_gpu_tests_with_failures(tmp_path):
     report = (tmp_path / 'report' / 'report.md').read_text()
     assert report in done.stdout and f'torch {torch.__version__}' in report and 'commit ' in report
     rows = [[cell.strip() for cell in line.split('|')[1:5]] for line in report.splitlines() if line.startswith('| ')]
-    expected = [['part', 'result', 'ratio', 'memory, MiB'], ['tests', 'failed with status 1: 2 failed in 3 s', '', '']]
-    for name in 'inference-compiled', 'inference-eager':
-        expected += [[name, 'passed', '', ''], [f'{name}: a', '20 [10–30] images/s', '1.500', '604'],
-                     [f'{name}: b', 'failed: x/y', '–', '–']]
-    assert rows == expected + [[f'training-{mode}', 'failed with status 2', '', ''] for mode in ('compiled', 'eager')]
+    figures = {name: [[name, 'passed', '', ''], [f'{name}: a', '20 [10–30] images/s', '1.500', '604'],
+                      [f'{name}: b', 'failed: x/y', '–', '–']] for name in ('inference-compiled', 'size-bias')}
+    trained = ('compiled', 'eager', 'compiled-default-kernels', 'eager-default-attention', 'eager-default-gather')
+    assert rows == [
+        ['part', 'result', 'ratio', 'memory, MiB'], ['smoke', 'stopped by its time limit', '', ''],
+        *figures['inference-compiled'],
+        *([f'training-{name}', 'failed with status 2', '', ''] for name in trained),
+        *figures['size-bias'], ['tests', 'failed with status 1: 2 failed in 3 s', '', '']]
 
 
 def test_flags_of_readme_and_docs():
