@@ -199,11 +199,11 @@ def trained_flags(checkpoint):
 
 
 def token_fields(flags):
-    """The fields of the `TokenSettings` of a dict of flags, None each if it has no settings; {} if it says nothing."""
+    """The fields of the `TokenSettings` of a dict of flags; keep rate 1 if it has none, {} if it says nothing of tokens."""
     if not TOKEN_FLAGS & flags.keys():
         return {}
     settings = TokenSettings.of_flags(flags)
-    return {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(TokenSettings)}
+    return dataclasses.asdict(settings) if settings else {'base_keep_rate': 1.}
 
 
 def load_run(source, settings, evaluates_only):
