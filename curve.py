@@ -1,246 +1,176 @@
-"""Accuracy against speed of one set of weights, at several keep rates and ways to treat the tokens not kept."""
-import copy
-import csv
+"""Draw accuracy against speed of one set of weights, at several keep rates: `python curve.py --help`.
+
+    python curve.py --model vit_base_patch16_224 --pretrained --keep-rates 1 0.7 0.5 --token-ways fuse merge \\
+        --data-path /path/to/imagenet --output_dir curve
+
+The flags of model, data and run are those of main.py.
+"""
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('curve')
+
+import atexit
 import dataclasses
-import itertools
-import json
-import math
+import sys
+from functools import partial
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
-from measuring.benchmark import Protocol, Throughput, macs, measured_pass, stopwatch, time_in_turn
-from runtime.distributed import all_reduce, broadcast_object, log, rank, world_size
-from engine import count
-from runtime.logger import Progress
-from models_evit import WAYS, to_evit
-from runtime.utils import InputError, atomic_write, autocast
+from datasets import (DATA_FLAGS, add_data_arguments, build_dataset, build_loader, check_same_classes,
+                      fill_data_arguments)
+from evit.reorganization import WAYS
+from evit.settings import TokenSettings
+from measuring.accuracy_curve import SUMS, Evaluation, format_table, plan_rows, write_csv
+from measuring.knn import Neighbours
+from measuring.plots import plot_curve
+from runtime.arguments import ArgumentParser, HelpFormatter, add_run_arguments, keep_rate, positive, with_dashes
+<<<<<<< HEAD
+from runtime.attention_priority import flash_first
+from runtime.checkpoint import find_checkpoint, load_run, load_weights, read_flags
+=======
+from runtime.checkpoint import (check_classes, find_checkpoint, load_adapted, load_run, load_weights,
+                                read_flags)
+>>>>>>> 5c804d9af303c4402cb9eb1c3f0f4fbd0ddefb85
+from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
+                                 world_size)
+from runtime.logger import make_output_folder
+from runtime.model_factory import MODEL_FLAGS, add_model_arguments, create_model, fill_model_arguments
+from runtime.preprocessing import input_of
+from runtime.program import run_program
+from runtime.utils import atomic_write, choose_amp_dtype, choose_kernels, seed_all
+from samplers import EvalSampler
 
-FULL = 'full'                                          # the way of the row at rate 1
-BATCHES_PER_SAVE = 20
-SUMS = 'top1', 'top5', 'loss', 'images', 'same'
+# --- Command line ---------------------------------------------------------------------------------------------------
+
+def get_args_parser():
+    parser = ArgumentParser(description='EViT: accuracy against speed', allow_abbrev=False,
+                            formatter_class=HelpFormatter)
+    add = parser.add_argument_group('curve').add_argument
+    add('--keep-rates', nargs='+', type=keep_rate, help="keep rates to evaluate (default: the model's)")
+    add('--token-ways', nargs='+', choices=[*WAYS], help="in each of these ways (default: the model's)")
+    add('--knn', type=positive(int), metavar='K', help='classify by the K nearest training images')
+    add('--knn-bank', choices=['full', 'own'], help='their features: of the full model (default), or of the same rate')
+    _, model = add_model_arguments(parser)
+    model.add_argument('--resume', default='', metavar='CHECKPOINT',
+                       help='file or https address of the weights; auto: the newest of the output folder')
+    add_data_arguments(parser)
+    add = add_run_arguments(parser).add_argument
+    add('--batch-size', type=positive(int), default=64, help='images per process; evaluation uses 1.5 times as many')
+    parser.set_defaults(output_dir='curve')
+    return parser
 
 
-@dataclasses.dataclass
-class Row:
-    """A point of the curve.
+def parse_args(argv):
+    """The command line as a Namespace. Exits with status 2 on an error."""
+    parser = get_args_parser()
+    args = parser.parse_args([with_dashes(text) if text.startswith('--') else text for text in argv])
+    for wrong, message in ((not (args.resume or args.pretrained), 'give --resume CHECKPOINT or --pretrained'),
+                           (args.knn_bank and not args.knn, '--knn-bank needs --knn'),
+                           (not (args.keep_rates or args.knn), 'give --keep-rates, --knn or both'),
+                           (args.token_counts and (args.keep_rates or args.knn),
+                            '--token-counts takes no --keep-rates and no --knn')):
+        if wrong:
+            parser.error(message)
+    fill_data_arguments(args, parser)
+    trained = read_flags(args.resume, args.output_dir) if args.resume else None
+    is_evit = fill_model_arguments(args, parser, trained, as_evit=True)
+    args.measure_speed = bool(args.keep_rates)
+    if not args.keep_rates:
+        args.keep_rates = [args.base_keep_rate if is_evit else 1.]
+    return args
 
-    Attributes:
-        way: of WAYS, or FULL.
-        rate: keep rate.
-        batches: how many batches each process has counted.
-        complete: whether they are all.
-        sums: by SUMS: images right at 1 and at 5, losses, images, those with the class of the full model.
-        gmacs, speed, ratio: per image; images/s; its ratio to the row at rate 1.
+
+# --- What the curve is made of --------------------------------------------------------------------------------------
+
+def build_loaders(args, device):
+    """Loaders of the validation set and, for --knn, of the training images in their order, without augmentation."""
+    atexit.register(kill_workers)                      # they ignore SIGTERM, which would end them otherwise
+    preprocessing = input_of(args.model, args.pretrained)[1]
+    load = partial(build_loader, batch_size=int(1.5 * args.batch_size), device=device, num_workers=args.num_workers,
+                   pin_memory=args.pin_mem, channels_last=args.channels_last, worker_init_fn=ignore_stop_signals,
+                   preprocessing=preprocessing)
+    build = partial(build_dataset, augment=False, input_size=args.input_size, preprocessing=preprocessing,
+                    **{name: getattr(args, name) for name in DATA_FLAGS})
+    dataset_val, processes = build(False), (world_size(), rank())
+    loader_val = load(dataset_val, EvalSampler(dataset_val, *(processes if args.dist_eval else (1, 0))))
+    if not args.knn:
+        return loader_val, None
+    dataset_train = build(True)
+    check_same_classes(dataset_train, dataset_val)
+    return loader_val, load(dataset_train, EvalSampler(dataset_train, *processes))
+
+
+def build_model(args, dataset, device):
+    """The EViT on the device with the weights that the flags name, in eval mode.
+
+    --knn does not use the head, so it takes weights that classify other classes than `dataset` has, or none.
     """
-    way: str
-    rate: float
-    batches: int = 0
-    complete: bool = False
-    sums: list = dataclasses.field(default_factory=lambda: len(SUMS) * [0.])
-    gmacs: float = math.nan
-    speed: Throughput = None
-    ratio: float = math.nan
-
-    def columns(self):
-        """{column: figure} of the table; accuracies in percent."""
-        top1, top5, loss, images, same = self.sums
-        return {'way': self.way, 'rate': self.rate, 'gmacs': self.gmacs, 'images_per_second': self.speed.median,
-                'ratio': self.ratio, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images, 'loss': loss / images,
-                'same': 100 * same / images, 'images': int(images)}
+    source = find_checkpoint(args.resume, args.output_dir, device, required=True)
+    model = create_model(args.model, pretrained=args.pretrained and not source, new_head=bool(args.knn),
+                         tokens=TokenSettings.of_flags(vars(args)), input_size=args.input_size, model_kwargs=args.model_kwargs,
+                         num_classes=len(dataset.classes))
+    checkpoint = load_run(source, vars(args), evaluates_only=True) if source else None
+    if source and args.knn:
+        load_adapted(model, checkpoint, source)
+    elif source:
+        check_classes(checkpoint, dataset, source)
+        load_weights(model, checkpoint['model'], source)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return model.to(device, memory_format=layout).eval()
 
 
-def way_of(model):
-    """The way of an EViT."""
-    return 'fuse' if model.fuse_token else 'merge' if model.merge_token else 'drop'
+def settings_of_curve(args, model, amp_dtype, num_images):
+    """What the accuracies of a curve depend on, beside the weights, the rate and the way; a dict."""
+    tokens = dataclasses.asdict(model.token_settings)
+    del tokens['base_keep_rate'], tokens['way']
+    names = *DATA_FLAGS, *MODEL_FLAGS, 'batch_size', 'knn', 'knn_bank'
+    return {name: getattr(args, name) for name in names} | tokens | {'precision': str(amp_dtype), 'images': num_images}
 
 
-# --- Evaluation -----------------------------------------------------------------------------------------------------
+# --- The program ----------------------------------------------------------------------------------------------------
 
-class Evaluation:
-    """One pass over the images for all rows, whose sums go to a file now and then.
-
-    Args:
-        model: an EViT on the device; it is not changed.
-        rows: [Row].
-        file: Path of the state, JSON. Rows that are complete in it are not evaluated again, the others continue.
-        settings: dict of what the sums depend on, beside the weights and the number of processes.
-        sharded: each process has its share of the images, as in `engine.evaluate`.
-        neighbours: `knn.Neighbours` to classify by instead of the head, or None.
-    Raises:
-        InputError: the file has other settings.
-    """
-
-    def __init__(self, model, rows, file, settings, device, amp_dtype, sharded=False, neighbours=None):
-        self.models = {row.way: with_way(model, way_of(model) if row.way == FULL else row.way).eval() for row in rows}
-        self.rows, self.file, self.sharded = rows, file, sharded
-        weights = sum(parameter.double().abs().sum() for parameter in model.parameters()).item()
-        self.settings = settings | {'weights': weights, 'processes': world_size() if sharded else 1}
-        self.device, self.amp_dtype, self.neighbours = device, amp_dtype, neighbours
-        self.restore()
-
-    def restore(self):
-        """Take over the sums of the file."""
-        self.others = []                               # rows of the file that this run does not name
-        text = broadcast_object(self.file.read_bytes() if rank() == 0 and self.file.is_file() else None)
-        if text is None:
-            return
-        try:
-            state = json.loads(text)
-            found, stored = state['settings'], {(row['way'], row['rate']): Row(**row) for row in state['rows']}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'{self.file} is damaged; remove it to begin anew') from None
-        for name, value in self.settings.items():
-            if found.get(name) != json.loads(json.dumps(value)):
-                raise InputError(f'{self.file} is of {name} {found.get(name)}, this run has {value}; give another '
-                                 '--output-dir')
-        self.rows[:] = [stored.pop((row.way, row.rate), row) for row in self.rows]
-        self.others = [row for row in stored.values() if row.complete]
-        open_rows = [row for row in self.rows if not row.complete]
-        if len({row.batches for row in open_rows}) > 1:                    # a new row, which has to begin at the start
-            self.rows[:] = [row if row.complete else Row(row.way, row.rate) for row in self.rows]
-
-    def save(self):
-        if rank() == 0:
-            names = 'way', 'rate', 'batches', 'complete', 'sums'
-            rows = [{name: getattr(row, name) for name in names} for row in self.rows + self.others]
-            with atomic_write(self.file) as temporary:
-                temporary.write_text(json.dumps({'settings': self.settings, 'rows': rows}))
-
-    @torch.no_grad()
-    def run(self, loader, print_freq=50):
-        """Evaluate the rows that are not complete; `loader` as in `engine.evaluate`, with an `EvalSampler`."""
-        rows = [row for row in self.rows if not row.complete]
-        if not rows:
-            return
-        start, num_batches = rows[0].batches, len(loader)
-        common_batches = int(all_reduce(torch.tensor(num_batches, device=self.device), dist.ReduceOp.MIN))
-        loader.sampler.skip(start * loader.batch_size)                     # a pass that was interrupted goes on
-        progress = Progress('Curve:', num_batches, print_freq, self.device)
-        progress.step = progress.start_step = start
-        totals = torch.zeros(len(rows), len(SUMS), dtype=torch.float64, device=self.device)
-        for images, labels in loader:
-            full = self.classify(images, FULL, 1.)
-            for row, sums in zip(rows, totals):
-                logits = full if row.way == FULL else self.classify(images, row.way, row.rate)
-                same = (logits.argmax(dim=1) == full.argmax(dim=1)).sum()
-                counted = count(logits, labels, F.cross_entropy(logits, labels))
-                sums += torch.cat([counted, same.double().reshape(1)])
-            progress.add_batch(F.cross_entropy(full, labels), len(images))
-            if progress.step % BATCHES_PER_SAVE == 0 and progress.step <= common_batches:
-                self.add(rows, totals, progress.step)
-        self.add(rows, totals, num_batches, complete=True)
-
-    def classify(self, images, way, rate):
-        """Images (B, 3, H, W) → logits (B, classes), of the head or of the neighbours."""
-        with autocast(self.device, self.amp_dtype):
-            if not self.neighbours:
-                return self.models[way](images, keep_rate=rate).float()
-            features = self.models[way].forward_features(images, rate)[:, 0]
-        return self.neighbours.vote(features, way, rate)
-
-    def add(self, rows, totals, batches, complete=False):
-        """Move the totals of the processes to the rows, and write the file."""
-        for row, sums in zip(rows, (all_reduce(totals) if self.sharded else totals).tolist()):
-            row.sums = [one + other for one, other in zip(row.sums, sums)]
-            row.batches, row.complete = batches, complete
-        totals.zero_()
-        self.save()
-
-    def measure_speed(self, input_size, batch_size, windows=5, window_seconds=0.5):
-        """Add GMACs, images/s with windows in turn, and its ratio to the first row."""
-        protocols = [Protocol(input_size, batch_size, self.device, self.amp_dtype, row.rate, windows, window_seconds)
-                     for row in self.rows]
-        images = protocols[0].images()                 # the same for all rows
-        speeds = time_in_turn([stopwatch(measured_pass(self.models[row.way], images, protocol), protocol)
-                               for row, protocol in zip(self.rows, protocols)], protocols)
-        for row, speed in zip(self.rows, speeds):
-            row.speed, row.ratio = speed, speed.ratio_to(speeds[0])
-            row.gmacs = macs(self.models[row.way], input_size, row.rate)
+def main(args):
+    device = init_process_group(args.device, args.dist_url, args.world_size, args.dist_timeout)
+    with flash_first(device):
+        measure(args, device)
 
 
-def plan_rows(rates, ways):
-    """The row at rate 1, then each other rate in each way."""
-    rates = sorted(set(rates) - {1.}, reverse=True)
-    return [Row(FULL, 1.), *(Row(way, rate) for way in dict.fromkeys(ways) for rate in rates)]
-
-
-def with_way(model, way):
-    """A copy of an EViT that treats the tokens that are not kept in another way; it shares the parameters."""
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    return to_evit(twin, model.base_keep_rate, model.drop_loc, uniform=model.uniform, **WAYS[way])
-
-
-def draw_curve(model, loader, rates, ways, folder, settings, *, device, amp_dtype, input_size, batch_size,
-               sharded=False, print_freq=50, neighbours=None, loader_train=None):
-    """Print the table of a model's accuracy and speed at each keep rate in each way, and write it with a plot.
-
-    Args:
-        model: an EViT on the device.
-        loader: of the validation images.
-        rates, ways: keep rates, and names of WAYS.
-        folder: Path for curve.csv, curve.png and the state curve.json; it exists.
-        settings, device, amp_dtype, sharded, neighbours: as in `Evaluation`.
-        input_size, batch_size: of the measurement of speed.
-        loader_train: for the bank of the neighbours.
-    """
-    evaluation = Evaluation(model, plan_rows(rates, ways), folder / 'curve.json', settings, device, amp_dtype, sharded,
-                            neighbours)
+def measure(args, device):
+    """Measure all rows; write them."""
+    amp_dtype = choose_amp_dtype(args.amp_dtype, device)
+    choose_kernels(device, args.deterministic)
+    seed_all(0)
+    folder = make_output_folder(args.output_dir)
+    loader, loader_train = build_loaders(args, device)
+    model = build_model(args, loader.dataset, device)
+    neighbours = Neighbours(args.knn, args.knn_bank == 'own') if args.knn else None
+    evaluation = Evaluation(model, plan_rows(args.keep_rates, args.token_ways or [model.token_settings.way]),
+                            folder / 'curve.json', settings_of_curve(args, model, amp_dtype, len(loader.dataset)),
+                            device, amp_dtype, args.dist_eval, neighbours)
     if neighbours and not all(row.complete for row in evaluation.rows):
         neighbours.fill(evaluation.models, [(row.way, row.rate) for row in evaluation.rows], loader_train,
-                        len(loader.dataset.classes), device, amp_dtype, print_freq)
-    evaluation.run(loader, print_freq)
-    log('Measuring the throughput of each row')
-    evaluation.measure_speed(input_size, batch_size)
-    rows, num_images = evaluation.rows, int(evaluation.rows[0].sums[SUMS.index('images')])
-    protocol = dataclasses.replace(rows[0].speed.protocol, keep_rate=None)
-    log('\n'.join([*format_table(rows), f'{num_images:,} images; {protocol}']))
+                        len(loader.dataset.classes), device, amp_dtype, args.print_freq)
+    evaluation.run(loader, args.print_freq)
+    num_images = int(evaluation.rows[0].sums[SUMS.index('images')])
+    note = f'{num_images:,} images'
+    if args.measure_speed:
+        log('Measuring the throughput of each row')
+        evaluation.measure_speed(args.input_size, args.batch_size)
+        protocol = dataclasses.replace(evaluation.rows[0].speed.protocol, keep_rate=None)
+        note += f'; {protocol}'
+    log('\n'.join([*format_table(evaluation.rows), note]))
     if rank() == 0:
-        write_files(folder, rows, f'{settings["model"]}, {num_images:,} images')
-        log(f'Wrote curve.csv and curve.png to {folder}')
+        write_csv(folder / 'curve.csv', evaluation.rows)
+        if args.measure_speed:
+            with atomic_write(folder / 'curve.png') as path:
+                plot_curve(path, [row.columns() for row in evaluation.rows], f'{args.model}, {num_images:,} images')
+        log(f'Wrote curve.csv{" and curve.png" * args.measure_speed} to {folder}')
 
 
-# --- Output ---------------------------------------------------------------------------------------------------------
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    def program():
+        main(parse_args(sys.argv[1:] if argv is None else argv))
+        leave_process_group()
 
-def format_table(rows):
-    """Rows → lines of text."""
-    yield ' way   rate   GMACs  images/s  ratio  top-1, %  top-5, %    loss  same class as full, %'
-    for row in map(Row.columns, rows):
-        yield (f'{row["way"]:>5} {row["rate"]:5g} {row["gmacs"]:7.3f} {row["images_per_second"]:9.1f} '
-               f'{row["ratio"]:6.3f} {row["top1"]:9.2f} {row["top5"]:9.2f} {row["loss"]:7.3f} {row["same"]:22.2f}')
-
-
-def write_files(folder, rows, title):
-    """Write curve.csv and curve.png."""
-    with atomic_write(folder / 'curve.csv') as path, open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0].columns()))
-        writer.writeheader()
-        writer.writerows(map(Row.columns, rows))
-    with atomic_write(folder / 'curve.png') as path:
-        plot(path, rows, title)
-
-
-def plot(path, rows, title):
-    """Draw top-1 accuracy against the ratio of throughput, a line for each way."""
-    import matplotlib                                  # only needed here
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 5), layout='constrained')
-    points = [row.columns() for row in rows]
-    axes.axhline(points[0]['top1'], color='grey', linewidth=0.8)
-    for way, marker in zip(WAYS, 'ovs'):
-        line = [points[0], *(point for point in points if point['way'] == way)]
-        if len(line) > 1:
-            axes.plot([point['ratio'] for point in line], [point['top1'] for point in line], marker + '-', label=way)
-            for point in line[1:]:
-                axes.annotate(f'{point["rate"]:g}', (point['ratio'], point['top1']), (4, 4), fontsize=8,
-                              textcoords='offset points')
-    axes.set(xlabel='images/s over those at keep rate 1', ylabel='top-1 accuracy, %')
-    axes.set_title(title, fontsize=9)
-    axes.grid(alpha=0.3)
-    if len(points) > 1:
-        axes.legend(title='other tokens')
-    figure.savefig(path, format='png', dpi=120)
-    pyplot.close(figure)
+    run_program('curve.py', program)

@@ -9,15 +9,48 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
-from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR100
 
 from formats.decoding import decode_picture, load_image
+from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
+from runtime.arguments import natural, positive
+from runtime.distributed import cores_per_process
 from runtime.preprocessing import Preprocessing
-from runtime.utils import InputError, seed_all
+from runtime.utils import InputError, missing_split, seed_all
 
 DIGITS = 'DIGITS', 'BOARD_DIGITS'
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
+
+
+DATA_FLAGS = 'data_set', 'data_path', 'use_lmdb', 'nb_classes', 'inat_category'
+
+
+def add_data_arguments(parser):
+    """Add the flags that name the data set; → their group."""
+    group = parser.add_argument_group('data')
+    add = group.add_argument
+    add('--data-path', help='folder of the data set')
+    add('--data-set', choices=[*DIGITS, 'IMNET', 'CIFAR', 'INAT', 'INAT19'],
+        help='default: IMNET (train/<class>/<image>, val/…) with --data-path, else DIGITS')
+    add('--use-lmdb', action='store_true', help='read train.lmdb and val.lmdb instead of folders')
+    add('--nb-classes', type=positive(int), default=1000,
+        help='number of classes of an LMDB database of the original code, which does not store it')
+    add('--inat-category', default='name', choices=INAT_CATEGORIES, help='rank that makes a class')
+    add('--num-workers', type=natural, default=cores_per_process(), help='processes that load data, for each process')
+    return group
+
+
+def fill_data_arguments(args, parser, needs_path=True):
+    """Complete the flags of `add_data_arguments`, and end the program with an error if they do not go together."""
+    if args.data_set is None:
+        args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
+    if args.data_set in DIGITS and args.data_path is not None:
+        parser.error(f'--data-set {args.data_set} takes no --data-path')
+    if needs_path and args.data_set not in DIGITS and not args.data_path:
+        parser.error(f'--data-set {args.data_set} needs --data-path')
+    if args.use_lmdb and args.data_set != 'IMNET':
+        parser.error('--use-lmdb goes with --data-set IMNET and --data-path')
 
 
 # --- Data sets ------------------------------------------------------------------------------------------------------
@@ -35,7 +68,8 @@ class Digits(Dataset):
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, train, transform=None, on_board=False):
-        from sklearn.datasets import load_digits       # a second or more, which other data sets need not wait
+        from sklearn.datasets import \
+            load_digits  # a second or more, which other data sets need not wait
         digits = load_digits()
         order = np.random.RandomState(0).permutation(len(digits.target))    # the scans are ordered by writer
         indices = order[:1437] if train else order[1437:]
@@ -57,27 +91,33 @@ class Digits(Dataset):
 class INaturalist(Dataset):
     """iNaturalist 2018 or 2019: (RGB picture, label).
 
-    `{train,val}{year}.json` lists the images, `categories.json` the categories. The image with the name
-    `<dir>/<supercategory>/<category id>/<file>` is at `<dir>/<category id>/<file>`. A class is a value of `category`
-    (name, genus, …); classes are numbered by their first appearance in the training annotations.
+    `{train,val}{year}.json` lists the images, `categories.json` the categories. Images are where their file name says,
+    `<dir>/<supercategory>/<category id>/<file>`, as the archive unpacks, or all without the folder of the
+    supercategory. A class is a value of `category` (name, genus, …); classes are numbered by their first appearance in
+    the training annotations.
     """
 
     def __init__(self, root, train, year, category='name', transform=None, loader=load_image):
         root, split = Path(root), 'train' if train else 'val'
         categories, training, listed = (
             _read_json(root / name) for name in ('categories.json', f'train{year}.json', f'{split}{year}.json'))
-        self.samples = []
         try:
             taxa = {taxon.get('id', i): taxon[category] for i, taxon in enumerate(categories)}
             self.classes = list(dict.fromkeys(taxa[entry['category_id']] for entry in training['annotations']))
             number = {name: i for i, name in enumerate(self.classes)}
-            for entry in listed['images']:
-                folder, _, category_id, file = entry['file_name'].split('/')
-                self.samples.append((root / folder / category_id / file, number[taxa[int(category_id)]]))
+            names = [entry['file_name'] for entry in listed['images']]
+            places = [name.split('/') for name in names]
+            flattened = [f'{folder}/{category_id}/{file}' for folder, _, category_id, file in places]
+            labels = [number[taxa[int(place[2])]] for place in places]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f'the annotations of iNaturalist {year} in {root}, with --inat-category {category}, '
                              f'are not as expected: {error!r}') from None
-        self.targets = [label for _, label in self.samples]
+        if names and not (root / names[0]).exists():   # the first image decides for all
+            if not (root / flattened[0]).exists():
+                raise InputError(f'{root} has neither {names[0]} nor {flattened[0]}; unpack the archive of the images '
+                                 'there')
+            names = flattened
+        self.samples, self.targets = [(root / name, label) for name, label in zip(names, labels)], labels
         self.transform, self.loader = transform, loader
 
     def __len__(self):
@@ -93,7 +133,7 @@ def _read_json(path):
     if not path.is_file():
         raise InputError(f'{path} is missing; iNaturalist needs it beside the images')
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise InputError(f'{path} is not JSON: {error}') from None
 
@@ -154,11 +194,8 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
     if use_lmdb:
         return ImageFolderLMDB(root / f'{split}.lmdb', transform, num_classes=nb_classes, decode=decode)
     if not (root / split).is_dir():
-        raise InputError(f'--data-path {root} has no {split}/ folder; {split}/<class>/<image> is expected')
-    try:
-        return ImageFolder(root / split, transform, loader=load)
-    except FileNotFoundError as error:
-        raise InputError(str(error).splitlines()[0]) from None
+        raise missing_split('--data-path', root, split)
+    return ImageFolder(root / split, transform, loader=load)
 
 
 def check_same_classes(dataset_train, dataset_val):

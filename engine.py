@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from evit.eval_mode import eval_mode
+from measuring.accuracy import count_correct
 from runtime.compiled_model import CompiledModel
 from runtime.distributed import all_reduce, broadcast, log, rank, share_buffers
 from runtime.logger import Progress
@@ -28,7 +29,7 @@ def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_ra
 
 def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scaler, amp_dtype, seed, keep_rate=None,
                     erase=None, mixup=None, token_labeling=None, model_ema=None, clip_grad=None, accum_steps=1,
-                    skip_nonfinite=0, print_freq=50, state=None, after_update=None):
+                    skip_nonfinite=0, print_freq=50, state=None, after_update=None, epochs=None, log_step=None):
     """Train for one epoch, or the rest of it, in the mode (train or eval) that the model is in.
 
     Args:
@@ -46,19 +47,22 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             waits for its loss. A skipped one leaves no trace in the running statistics of batch norm either.
         state: `Progress.state_dict` of the part of the epoch that is done.
         after_update: called with the Progress after each update but the last.
+        epochs: how many the run has, for the console.
+        log_step: called with the step of the epoch and a dict of figures at each line on the console.
     Returns:
         The Progress of the epoch. Its summary has the mean loss and images_per_second over all processes, loader_wait,
-        the last lr and keep_rate, and skipped_steps if there were any.
+        the means of the scalars (lr, keep_rate), and skipped_steps if there were any.
     Raises:
         FloatingPointError: a loss is not finite, or a weight after the last step. Without `skip_nonfinite` this is
             noticed only where the loss is logged or saved, so that no step waits for the device.
     """
-    progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True, state=state)
+    title = f'Epoch: [{epoch}/{epochs}]' if epochs else f'Epoch: [{epoch}]'
+    progress = Progress(title, len(loader), print_freq, device, lockstep=True, state=state, log_step=log_step)
     skips = False                                                          # whether this update is skipped
     for step, (images, labels, *token_labels) in enumerate(progress.batches_of(loader), start=progress.step):
         # For erasing, mixup, MixToken, dropout, drop path. The 1 keeps these keys apart from those of TrainSampler
         seed_all(seed, epoch, step, 1 + rank())
-        images, labels, mixed = augment(images, labels, token_labels, erase, mixup, token_labeling)
+        images, labels, options = augment(images, labels, token_labels, erase, mixup, token_labeling)
         rate = {} if keep_rate is None else {'keep_rate': keep_rate(step)}
         first = step - step % accum_steps                                  # first batch of this update
         batches = min(accum_steps, len(loader) - first)
@@ -67,11 +71,13 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             buffers = [buffer.clone() for buffer in model.buffers()]
         with contextlib.nullcontext() if is_last or not hasattr(model, 'no_sync') else model.no_sync():
             with autocast(device, amp_dtype):
-                loss = criterion(images, model(images, **rate, **mixed), labels)
+                loss = criterion(images, model(images, **rate, **options), labels)
             skips |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
             if not skips:
                 scaler.scale(loss / batches).backward()
-        progress.add_batch(loss.detach(), len(images), counts=not skips, lr=optimizer.param_groups[0]['lr'], **rate)
+        # Each scalar here, a number or a 0-d tensor, appears on the console, in log.txt and in TensorBoard
+        scalars = {'lr': optimizer.param_groups[0]['lr'], **rate}
+        progress.add_batch(loss.detach(), len(images), counts=not skips, **scalars)
         if is_last:
             if skips:
                 optimizer.zero_grad()
@@ -122,19 +128,6 @@ def check_weights(model, title):
                                  'try a lower --lr, --clip-grad, or --amp-dtype float32')
 
 
-def count(logits, labels, loss):
-    """The sums of a batch: right at 1, right at 5, loss, images → float64 (4,).
-
-    Args:
-        logits: (B, C).
-        labels: (B,).
-        loss: their mean loss.
-    """
-    correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-    loss = loss.double() * len(labels)
-    return torch.stack([correct[:, 0].sum().double(), correct.sum().double(), loss, torch.full_like(loss, len(labels))])
-
-
 @torch.no_grad()
 def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False, print_freq=50, after_batch=None,
              average=None):
@@ -151,7 +144,7 @@ def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False,
     """
     models = {'': model} if average is None else {'': model, 'ema_': average}
     runs = [CompiledModel(one, device) if compiled else one for one in models.values()]
-    totals = torch.zeros(len(runs), 4, dtype=torch.float64, device=device)             # of each, see `count`
+    totals = torch.zeros(len(runs), 4, dtype=torch.float64, device=device)             # of each, see `count_correct`
     progress = Progress('Test:', len(loader), print_freq, device)
     if sharded:
         for one in models.values():
@@ -164,7 +157,7 @@ def evaluate(model, loader, *, device, amp_dtype, compiled=False, sharded=False,
                 with autocast(device, amp_dtype):
                     logits = run(images).float()                           # (B, C)
                 losses.append(F.cross_entropy(logits, labels))
-                sums += count(logits, labels, losses[-1])
+                sums += count_correct(logits, labels, losses[-1])
             progress.add_batch(losses[0], len(images))
             if after_batch is not None and progress.step <= common_batches:
                 after_batch()

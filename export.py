@@ -5,7 +5,10 @@
 The flags of the model are those of main.py; what is not given is read from the checkpoint. The file is compared with
 the model before it gets its name. docs/export.md shows how to use it.
 """
-import argparse
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('export')
+
 import copy
 import json
 import os
@@ -17,16 +20,16 @@ import timm
 import torch
 import torch.nn as nn
 
-from runtime.arguments import ArgumentParser, HelpFormatter, block_numbers, positive, with_dashes
-from runtime.checkpoint import load_checkpoint, load_weights
-from runtime.compiled_model import check_compiler
 from datasets import DIGITS
-from runtime.distributed import cuda_device, parse_device
-from runtime.failures import exit_failed
-from runtime.model_factory import (SCHEDULE_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
-                           token_settings)
 from evit.reorganization import patches_after
-from runtime.preprocessing import Preprocessing
+from evit.settings import TokenSettings
+from runtime.arguments import ArgumentParser, HelpFormatter, positive, with_dashes
+from runtime.checkpoint import load_checkpoint, load_weights, trained_flags
+from runtime.compiled_model import check_compiler
+from runtime.distributed import cuda_device, parse_device
+from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments
+from runtime.preprocessing import Preprocessing, input_of
+from runtime.program import run_program
 from runtime.utils import InputError, one_line
 
 SUFFIXES = {'onnx': '.onnx', 'pt2': '.pt2', 'aoti': '.pt2'}
@@ -38,7 +41,6 @@ TOLERANCE = {'float32': 1e-4, 'float16': 1e-2, 'bfloat16': 1e-1, 'int8': 2e-1}  
 def get_args_parser():
     parser = ArgumentParser(description='EViT: export', allow_abbrev=False, formatter_class=HelpFormatter)
     _, model = add_model_arguments(parser)
-    model.set_defaults(model=None)
     add = model.add_argument
     add('--resume', metavar='CHECKPOINT', help='file or https address of the weights')
     add('--ema', action='store_true', help='take the moving average of the weights')
@@ -70,32 +72,12 @@ def parse_args(argv):
         if wrong:
             parser.error(message)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    take_over(args, (checkpoint or {}).get('args') or {})
-    fill_model_arguments(args, parser)
+    trained = trained_flags(checkpoint or {})
+    fill_model_arguments(args, parser, trained)
+    args.is_digits = trained.get('data_set') in DIGITS
     if args.kept and args.base_keep_rate is None:
         parser.error(f'--kept: {args.model} does not reorganise tokens')
     return args, checkpoint
-
-
-def take_over(args, trained):
-    """Fill flags that were not given with those of a checkpoint, a dict or a Namespace of the original code."""
-    trained = dict(vars(trained)) if isinstance(trained, argparse.Namespace) else dict(trained)
-    args.is_digits = trained.get('data_set') in DIGITS
-    if isinstance(trained.get('drop_loc'), str):
-        trained['drop_loc'] = block_numbers(trained['drop_loc'])
-    names = ['model', 'pretrained', 'model_kwargs', 'input_size']
-    if args.fuse_token is None and args.merge_token is None:
-        names += ['fuse_token', 'merge_token']
-    schedule = [*SCHEDULE_DEFAULTS]
-    if trained.get('token_counts') and not any(getattr(args, name) is not None for name in schedule):
-        names.append('token_counts')
-    elif not args.token_counts:
-        names += schedule
-    for name in names:
-        if not getattr(args, name):
-            setattr(args, name, trained.get(name))
-    args.model = args.model or 'deit_small_patch16_shrink_base'
-    args.model_kwargs = args.model_kwargs or {}
 
 
 # --- The model ------------------------------------------------------------------------------------------------------
@@ -151,7 +133,7 @@ def build(args, checkpoint):
         if not weights:
             raise InputError(f'--ema: {args.resume} has no moving average')
         num_classes = len(weights.get(f'{classifier}.weight', ()))
-    model = create_model(args.model, pretrained=not weights, input_size=args.input_size, tokens=token_settings(args),
+    model = create_model(args.model, pretrained=not weights, input_size=args.input_size, tokens=TokenSettings.of_flags(vars(args)),
                          model_kwargs=args.model_kwargs, num_classes=num_classes)
     if weights:
         load_weights(model, weights, args.resume)
@@ -179,7 +161,7 @@ def write_onnx(program, path, names, metadata):
     exported = torch.onnx.export(program, dynamo=True, opset_version=18, input_names=['images'], output_names=names,
                                  verbose=False)
     exported.model.metadata_props.update(metadata)
-    exported.save(path)
+    exported.save(path)                                # above 1.5 GiB, the weights go to a second file, `<name>.data`
     return open_onnx(path)
 
 
@@ -195,9 +177,11 @@ def open_onnx(path):
 
 def write_int8(program, path, names, metadata):
     """Write an ONNX file whose linear layers have int8 weights and quantise their input as it comes (dynamically)."""
-    write_onnx(program, path, names, metadata)
-    from onnxruntime.quantization import quantize_dynamic
-    quantize_dynamic(path, path, op_types_to_quantize=['MatMul', 'Gemm'])
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        floats = Path(folder) / path.name
+        write_onnx(program, floats, names, metadata)
+        from onnxruntime.quantization import quantize_dynamic
+        quantize_dynamic(floats, path, op_types_to_quantize=['MatMul', 'Gemm'])        # to one file, a quarter as large
     return open_onnx(path)
 
 
@@ -276,8 +260,25 @@ def write_checked(exportable, output, format, size, metadata, batch_size=None, d
         path = Path(folder) / output.name
         run, runtime = write_unchecked(exportable, images, path, format, names, metadata, shapes)
         compared = compare(exportable, run, size, [batch_size] if batch_size else [1, 3], dtype)
-        os.replace(path, output)
-    return f'{output}: {output.stat().st_size / 1e6:.1f} MB; {runtime} against torch {torch.__version__}: {compared}'
+        written = move_files(Path(folder), output)
+    if len(written) > 1:                               # ONNX, whose first file names the other: once more in its place
+        try:
+            compare(exportable, open_onnx(output)[0], size, [batch_size or 1], dtype)
+        except Exception as error:
+            for file in written:
+                file.unlink()
+            raise InputError(f'{output} does not load with {written[1].name} beside it: {one_line(error)}') from None
+    files = ' and '.join(f'{file}: {file.stat().st_size / 1e6:.1f} MB' for file in written)
+    together = ', to be kept together' * (len(written) > 1)
+    return f'{files}{together}; {runtime} against torch {torch.__version__}: {compared}'
+
+
+def move_files(folder, output):
+    """Move what a format wrote beside `output`, this file as the last; → the Paths, this one first."""
+    others = sorted(output.with_name(file.name) for file in folder.iterdir() if file.name != output.name)
+    for file in (*others, output):
+        os.replace(folder / file.name, file)
+    return [output, *others]
 
 
 def compare(exportable, run, size, batch_sizes, dtype='float32'):
@@ -305,14 +306,14 @@ def compare(exportable, run, size, batch_sizes, dtype='float32'):
             + (what if same else f'not always the {what}'))
 
 
-def main(argv):
-    args, checkpoint = parse_args(argv)
+def main(argv=None):
+    args, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
     device = parse_device(args.device)
     if device.type == 'cuda':
         device = cuda_device(device, in_group=False)
     if args.format == 'aoti':
         check_compiler(device)
-    preprocessing = input_of(args)[1]
+    preprocessing = input_of(args.model, args.pretrained)[1]
     if args.is_digits:
         preprocessing = preprocessing._replace(crop_pct=1.)                # they are never cropped
     quantized = args.dtype == 'int8'                   # by onnxruntime
@@ -322,8 +323,6 @@ def main(argv):
                         metadata_of(args, preprocessing, checkpoint), args.batch_size, args.dtype))
 
 
-if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except Exception as error:
-        exit_failed('export.py', error)
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('export.py', main, argv)

@@ -4,6 +4,10 @@
     python folder2lmdb.py --dir /path/to/imagenet --verify   # decode every image, list those that do not decode
     python folder2lmdb.py --dir /path/to/imagenet --short-side 256     # training images re-encoded at this size
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('folder2lmdb')
+
 import argparse
 import collections
 import contextlib
@@ -11,19 +15,19 @@ import fcntl
 import os
 import shutil
 import stat
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from runtime.arguments import ArgumentParser, positive, within
 from formats.decoding import load_image
+from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import (ImageFolderLMDB, empty_record, encode_image, encode_tables, image_key,
                                   open_database)
 from formats.reencoding import Reencoding
-from runtime.utils import DataError, InputError, atomic_write, one_line
+from runtime.arguments import ArgumentParser, positive, within
+from runtime.program import run_program
+from runtime.utils import DataError, InputError, atomic_write, missing_split, one_line
 
 __all__ = ['ImageFolderLMDB', 'convert', 'verify']     # ImageFolderLMDB: imported from here by older code
 
@@ -44,7 +48,7 @@ def convert(folder, path, workers=1, reencoding=None):
     Returns:
         (number of images, number of classes)
     """
-    tree = _image_folder(folder)
+    tree = ImageFolder(folder)
     files = [file for file, _ in tree.samples]
     names = [file[len(os.path.join(tree.root, '')):] for file in files]
     tables = encode_tables(tree.classes, tree.targets, names, reencoding)
@@ -53,13 +57,6 @@ def convert(folder, path, workers=1, reencoding=None):
             _write_database(temporary, files, tables, workers, bar, reencoding)
         os.close(os.dup(file.fileno()))                # reports what a network file system could not write
     return len(files), len(tree.classes)
-
-
-def _image_folder(folder):
-    try:
-        return ImageFolder(folder)
-    except FileNotFoundError as error:                 # no classes, or a class without images
-        raise InputError(one_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -138,7 +135,7 @@ def verify(path, workers=4):
         database = open_database(path)
         number, load = database.num_images, database.load
     else:
-        files = [file for file, _ in _image_folder(path).samples]
+        files = [file for file, _ in ImageFolder(path).samples]
         number, load = len(files), lambda index: load_image(files[index])
 
     def faults(indices):
@@ -171,7 +168,7 @@ def split_names(text):
     return splits
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = ArgumentParser(
         description='Convert trees <dir>/<split>/<class>/<image> to one LMDB file each, <dir>/<split>.lmdb.')
     add = parser.add_argument
@@ -188,7 +185,7 @@ def parse_args():
     add('--verify', action='store_true',
         help='write nothing; decode every image of the existing trees and databases, and list those that do not '
              'decode (exit status 1 if any)')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def convert_all(folders, workers=1, force=False):
@@ -199,7 +196,7 @@ def convert_all(folders, workers=1, force=False):
     """
     for folder in folders:
         if not os.path.isdir(folder):
-            raise InputError(f'{folder} is not a folder; {folder}/<class>/<image> is expected')
+            raise missing_split('--dir', *os.path.split(folder))
         if os.path.isdir(f'{folder}.lmdb'):
             raise InputError(f'{folder}.lmdb is a folder; remove it first')
         if os.path.exists(f'{folder}.lmdb') and not force:
@@ -217,33 +214,29 @@ def verify_all(folders, workers):
     for folder in folders:
         present = [path for path in (folder, f'{folder}.lmdb') if os.path.exists(path)]
         if not present:
-            raise InputError(f'neither {folder} nor {folder}.lmdb exists')
+            raise missing_split('--dir', *os.path.split(folder), f' and no {os.path.basename(folder)}.lmdb')
         paths += present
     return sum(verify(path, workers) for path in paths)
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    """Convert or verify; → exit status, 1 if an image does not decode."""
+    args = parse_args(argv)
     reencoding = Reencoding(args.short_side, args.quality) if args.short_side else None
     # A validation image that is not the original would change every figure, so it must be asked for
     folders = {os.path.join(args.dir, split): reencoding if args.splits or split != 'val' else None
                for split in args.splits or ('train', 'val')}
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may have no encoding
     try:
         if args.verify:
-            return 1 if verify_all(folders, args.workers or os.cpu_count()) else 0
+            return int(verify_all(folders, args.workers or os.cpu_count()) > 0)
         convert_all(folders, args.workers or (os.cpu_count() if reencoding else 1), args.force)
-        return 0
-    except (InputError, OSError, lmdb.Error) as error:
-        free = ''
-        if isinstance(error, lmdb.Error):              # LMDB reports a full disk as "Input/output error"
-            free = f' ({shutil.disk_usage(args.dir).free / 2 ** 20:,.0f} MiB are free in {args.dir})'
-        print(f'folder2lmdb.py: error: {one_line(error)}{free}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('folder2lmdb.py: interrupted', file=sys.stderr)
-        return 130
+    except OSError as error:
+        raise InputError(one_line(error)) from error
+    except lmdb.Error as error:                        # a full disk is "Input/output error" for LMDB
+        free = shutil.disk_usage(args.dir).free / 2 ** 20
+        raise InputError(f'{one_line(error)} ({free:,.0f} MiB are free in {args.dir})') from error
 
 
-if __name__ == '__main__':
-    sys.exit(main())
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('folder2lmdb.py', main, argv)

@@ -2,12 +2,16 @@
 
     python loader_benchmark.py --data-path /path/to/imagenet
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('loader_benchmark')
+
+import atexit
 import dataclasses
 import functools
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -22,15 +26,17 @@ import torchvision
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 
-from runtime.arguments import ArgumentParser, positive, timm_model
-from measuring.benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
 from datasets import SeededDataset, build_dataset, build_loader
+from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
-from samplers import EvalSampler, TrainSampler
+from measuring.benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
+from runtime.arguments import ArgumentParser, positive, timm_model
+from runtime.distributed import ignore_stop_signals, kill_workers
 from runtime.preprocessing import Preprocessing, pretrained_input
-from runtime.utils import InputError, choose_kernels, one_line
+from runtime.program import run_program
+from runtime.utils import choose_kernels, missing_split
+from samplers import EvalSampler, TrainSampler
 
 # The training transform of DeiT (Touvron et al., 2021, table 9)
 AUGMENTATION = dict(color_jitter=0.4, aa='rand-m9-mstd0.5-inc1')
@@ -98,14 +104,14 @@ def plain_transform(is_train, input_size, preprocessing=Preprocessing()):
 def plain_batches(dataset, num_workers, is_train, batch_size, device):
     """The baseline's batches: torch's DataLoader without a sampler of ours."""
     loader = DataLoader(dataset, batch_size, shuffle=is_train, num_workers=num_workers,
-                        pin_memory=device.type == 'cuda')
+                        pin_memory=device.type == 'cuda', worker_init_fn=ignore_stop_signals)
     return (images.to(device, non_blocking=True) for images, _ in loader)
 
 
 def our_batches(dataset, num_workers, is_train, batch_size, device, preprocessing):
     """Batches as main.py loads them, with random erasing on the device as in `train_one_epoch`."""
     load = functools.partial(build_loader, batch_size=batch_size, device=device, num_workers=num_workers,
-                             preprocessing=preprocessing)
+                             preprocessing=preprocessing, worker_init_fn=ignore_stop_signals)
     if not is_train:
         return (images for images, _ in load(dataset, EvalSampler(dataset, 1, 0)))
     loader = load(SeededDataset(dataset), TrainSampler(dataset, num_replicas=1, rank=0))
@@ -122,7 +128,7 @@ def pipelines(data_path, is_train, protocol):
     split = 'train' if is_train else 'val'
     folder, database = Path(data_path, split), Path(data_path, f'{split}.lmdb')
     if not folder.is_dir() and not database.exists():
-        raise InputError(f'--data-path {data_path} has neither {folder.name}/ nor {database.name}')
+        raise missing_split('--data-path', data_path, split, f' and no {database.name}')
     settings = dict(is_train=is_train, batch_size=protocol.batch_size, device=protocol.device)
     transform = plain_transform(is_train, protocol.input_size, protocol.preprocessing)
     plain = ImageFolder(folder, transform) if folder.is_dir() else ImageFolderLMDB(database, transform)
@@ -252,14 +258,13 @@ def parse_args(argv=None):
 def main(argv=None):
     """Run the program."""
     args = parse_args(argv)
+    atexit.register(kill_workers)                      # they ignore SIGTERM, which would end them otherwise
     choose_kernels(args.device)
     protocol = LoadingProtocol(args.input_size, args.batch_size, args.device, args.num_workers, args.windows,
                                args.window_seconds, args.preprocessing)
     measure_loading(args.data_path, protocol)
 
 
-if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        ArgumentParser().error(one_line(error))
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('loader_benchmark.py', main, argv)

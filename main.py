@@ -2,42 +2,45 @@
 
 The same path serves a CPU, one GPU and, started by torchrun or srun, many GPUs.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('main')
+
 import argparse
 import atexit
 import copy
-import signal
+import math
 import sys
 from functools import partial
 
 import torch
 from timm.data import Mixup
 
-from runtime.arguments import (ArgumentParser, HelpFormatter, count, non_negative, positive, rate, share, timm_model,
-                       with_dashes, within)
-from measuring.benchmark import report_speed
-from runtime.checkpoint import find_checkpoint, load_finetune, load_run, load_teacher, load_weights
-from curve import draw_curve, way_of
-from datasets import (DIGITS, INAT_CATEGORIES, SeededDataset, build_dataset, build_loader, check_same_classes,
-                      spread)
-from runtime.distributed import (Stopped, cores_per_process, ignore_stop_signals, init_process_group, kill_workers,
-                         leave_process_group, log, rank, world_size)
-from engine import evaluate
-from runtime.failures import exit_failed
-from measuring.knn import Neighbours
-from runtime.logger import make_output_folder
-from losses import DistillationLoss, TokenLabelingLoss, build_base_criterion
-from runtime.model_factory import (TOKEN_DEFAULTS, add_model_arguments, create_model, fill_model_arguments, input_of,
-                           is_lvvit, token_settings)
-from models_evit import WAYS
-from samplers import EvalSampler, TrainSampler
+from datasets import (DATA_FLAGS, SeededDataset, add_data_arguments, build_dataset, build_loader, check_same_classes,
+                      fill_data_arguments, spread)
+from engine import evaluate, keep_rate_at
+from evit.settings import TokenSettings
 from formats.token_labels import LabelledTokens, TokenLabeling
-from trainer import Trainer
+from losses import DistillationLoss, TokenLabelingLoss, build_base_criterion
+from measuring.benchmark import report_speed
+from models_evit import is_lvvit
+from runtime.arguments import (ArgumentParser, HelpFormatter, add_run_arguments, fraction, natural, non_negative,
+                               positive, timm_model, with_dashes, within)
+from runtime.attention_priority import flash_first
+from runtime.checkpoint import (check_classes, find_checkpoint, load_finetune, load_run, load_teacher, load_weights,
+                                read_flags)
+from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
+                                 world_size)
+from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments, flag_of
+from runtime.preprocessing import input_of
+from runtime.program import run_program
 from runtime.utils import InputError, choose_amp_dtype, choose_kernels, seed_all
+from samplers import EvalSampler, TrainSampler
+from trainer import Trainer, refuse_checkpoints
 from visualize_mask import visualize
 
 SHRINK_DEFAULTS = {'shrink_start_epoch': 10, 'shrink_epochs': 0}
-DATASET = ('data_set', 'data_path', 'use_lmdb', 'nb_classes', 'inat_category', 'input_size',
-           'fast_transforms', 'color_jitter', 'aa', 'train_interpolation')
+AUGMENTATION = 'fast_transforms', 'color_jitter', 'aa', 'train_interpolation'
 LOGGED_MASKS = 8
 
 
@@ -49,27 +52,23 @@ def get_args_parser():
     on_off = argparse.BooleanOptionalAction
     tokens, model = add_model_arguments(parser)
     add = tokens.add_argument
-    add('--shrink-start-epoch', type=count, help='epoch in which the keep rate starts to fall from 1 (default: 10)')
-    add('--shrink-epochs', type=count, help='epochs in which it falls to the base keep rate (default: 0)')
+    add('--shrink-start-epoch', type=natural, help='epoch in which the keep rate starts to fall from 1 (default: 10; 0 '
+        'with --finetune or --pretrained)')
+    add('--shrink-epochs', type=natural, help='epochs in which it falls to the base keep rate (default: 0)')
     add = parser.add_argument_group('modes').add_argument
     add('--eval', action='store_true', help='evaluate a checkpoint and exit')
-    add('--keep-rates', nargs='+', type=rate, help='with --eval: accuracy and speed at each of these keep rates')
-    add('--token-ways', nargs='+', choices=WAYS, help="with --keep-rates: in each of these ways (default: the model's)")
-    add('--knn', type=positive(int), metavar='K', help='with --eval: classify by the K nearest training images')
-    add('--knn-bank', choices=['full', 'own'], help='their features: of the full model (default), or of the same rate')
     add('--test-speed', action='store_true', help='measure throughput and MACs before the run')
     add('--only-test-speed', action='store_true', help='measure throughput and MACs and exit')
     add('--visualize-mask', action='store_true', help='write pictures of the kept patches and exit')
     add('--n-visualization', type=positive(int), default=128, help='number of images to visualize')
 
     add = model.add_argument
-    add('--drop', type=share, default=0.0, help='dropout rate of the head')
+    add('--drop', type=fraction, default=0.0, help='dropout rate of the head')
     add('--drop-path', type=within(0, 0.99), default=0.1, help='stochastic depth rate')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
     add('--compile', action='store_true', help='compile the model: minutes of start-up, then more images/s')
-    add('--channels-last', action='store_true', help='channels-last memory format')
     add('--model-ema', action=on_off, default=True, help='keep an exponential moving average of the weights')
-    add('--model-ema-decay', type=share, default=0.99996, help='decay of the moving average')
+    add('--model-ema-decay', type=fraction, default=0.99996, help='decay of the moving average')
     add('--model-ema-force-cpu', action='store_true',
         help='keep the moving average in main memory; while training on a GPU it is not evaluated then')
 
@@ -77,7 +76,7 @@ def get_args_parser():
     add('--opt', default='adamw', help='name of a timm optimizer')
     add('--opt-eps', type=float, default=1e-8, help='epsilon')
     add('--opt-betas', type=float, nargs=2, help="betas (default: the optimizer's own)")
-    add('--clip-grad', type=non_negative, help='maximum norm of the gradient (default: no clipping)')
+    add('--clip-grad', type=non_negative, help='maximum norm of the gradient, 0 for no clipping (default: none)')
     add('--momentum', type=float, default=0.9, help='momentum of SGD and its like')
     add('--weight-decay', type=non_negative, default=0.05, help='weight decay')
 
@@ -94,8 +93,8 @@ def get_args_parser():
     add('--warmup-lr', type=non_negative, default=1e-6, help='learning rate at the start of the warm-up')
     add('--min-lr', type=non_negative, default=1e-5, help='lowest learning rate')
     add('--decay-epochs', type=within(1), default=30, help='epochs between decays of --sched step')
-    add('--warmup-epochs', type=count, default=5, help='epochs of warm-up')
-    add('--patience-epochs', type=count, default=10, help='epochs without progress before --sched plateau decays')
+    add('--warmup-epochs', type=natural, default=5, help='epochs of warm-up')
+    add('--patience-epochs', type=natural, default=10, help='epochs without progress before --sched plateau decays')
     add('--decay-rate', type=float, default=0.1, help='factor of a decay')
 
     add = parser.add_argument_group('augmentation').add_argument
@@ -109,14 +108,14 @@ def get_args_parser():
              'of a core, with the same random draws, but not bit for bit the same pixels')
     add('--repeated-aug', action=on_off, default=True,
         help='each image three times per epoch, which covers a third of the images')
-    add('--reprob', type=share, default=0.25, help='probability of random erasing')
+    add('--reprob', type=fraction, default=0.25, help='probability of random erasing')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='fill of random erasing')
     add('--recount', type=positive(int), default=1, help='maximum number of erased regions')
     add('--mixup', type=non_negative, default=0.8, help='alpha of mixup, 0 for none')
     add('--cutmix', type=non_negative, default=1.0, help='alpha of cutmix, 0 for none')
-    add('--cutmix-minmax', type=share, nargs=2, help='minimum and maximum ratio of cutmix, instead of alpha')
-    add('--mixup-prob', type=share, default=1.0, help='probability of mixup or cutmix per batch')
-    add('--mixup-switch-prob', type=share, default=0.5, help='probability of cutmix if both are on')
+    add('--cutmix-minmax', type=fraction, nargs=2, help='minimum and maximum ratio of cutmix, instead of alpha')
+    add('--mixup-prob', type=fraction, default=1.0, help='probability of mixup or cutmix per batch')
+    add('--mixup-switch-prob', type=fraction, default=0.5, help='probability of cutmix if both are on')
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'],
         help='mix per batch, pair or element; a GPU waits in each step for the factors of pairs and elements')
 
@@ -124,7 +123,7 @@ def get_args_parser():
     add('--teacher-model', type=timm_model, default='regnety_160', help='name of a timm model')
     add('--teacher-path', help='checkpoint of the teacher, file or https address')
     add('--distillation-type', default='none', choices=['none', 'soft', 'hard'], help='kind of distillation')
-    add('--distillation-alpha', type=share, default=0.5, help='weight of the distillation loss')
+    add('--distillation-alpha', type=fraction, default=0.5, help='weight of the distillation loss')
     add('--distillation-tau', type=float, default=1.0, help='temperature of soft distillation')
 
     add = parser.add_argument_group('token labels (LV-ViT)').add_argument
@@ -136,40 +135,21 @@ def get_args_parser():
     add = parser.add_argument_group('finetuning').add_argument
     add('--finetune', metavar='CHECKPOINT', help='start from these weights, which may have another head or resolution')
 
-    add = parser.add_argument_group('data').add_argument
-    add('--data-path', help='folder of the data set')
-    add('--data-set', choices=[*DIGITS, 'IMNET', 'CIFAR', 'INAT', 'INAT19'],
-        help='default: IMNET (train/<class>/<image>, val/…) with --data-path, else DIGITS')
-    add('--use-lmdb', action='store_true', help='read train.lmdb and val.lmdb instead of folders')
-    add('--nb-classes', type=positive(int), default=1000,
-        help='number of classes of an LMDB database of the original code, which does not store it')
-    add('--inat-category', default='name', choices=INAT_CATEGORIES, help='rank that makes a class')
-    add('--num-workers', type=count, default=cores_per_process(), help='processes that load data, for each process')
-    add('--pin-mem', action=on_off, default=True, help='copy batches to a GPU from pinned memory')
-
-    add = parser.add_argument_group('run').add_argument
-    add('--output-dir', default='', help="output folder; '' to save nothing")
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu, cuda or one GPU such as cuda:1')
-    add('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16', 'float32'],
-        help='auto: bfloat16 on a GPU that supports it, else float16; float32 on a CPU')
-    add('--seed', type=count, default=0, help='random seed')
-    add('--deterministic', action='store_true', help='on a GPU, only kernels that repeat their results to the last bit')
+    add_data_arguments(parser)
+    add = add_run_arguments(parser).add_argument
+    add('--seed', type=natural, default=0, help='random seed')
     add('--resume', default='', metavar='CHECKPOINT',
         help='file or https address to continue from; auto: the newest of the output folder, if it has one')
+    add('--overwrite', action='store_true', help='begin anew in an output folder that holds a run, whose checkpoints are '
+        'removed')
     add('--checkpoint-interval', type=positive(int), default=500,
         help='updates between checkpoints; one is saved after each epoch, too')
-    add('--skip-nonfinite', type=count, default=0,
+    add('--skip-nonfinite', type=natural, default=0,
         help='consecutive updates with a non-finite loss to skip before failing')
-    add('--start-epoch', type=count, default=0, help='number of the first epoch')
+    add('--start-epoch', type=natural, default=0, help='number of the first epoch')
     add('--eval-interval', type=positive(int), default=1, help='epochs between evaluations')
-    add('--print-freq', type=positive(int), default=50, help='steps between lines on the console')
     add('--log-masks', action=on_off, default=True,
         help='at each evaluation, show in TensorBoard which patches of 8 validation images are kept')
-    add('--dist-eval', action='store_true', help='share the evaluation among the processes')
-    add('--world-size', type=positive(int), default=1, help='number of processes, unless the environment has it')
-    add('--dist-url', default='env://', help='where the processes meet')
-    add('--dist-timeout', type=within(1, 10 ** 6), default=600,
-        help='seconds to wait for a process before giving it up')
     return parser
 
 
@@ -181,22 +161,33 @@ def parse_args(argv, parser=None):
         parser: one that knows more flags than main.py has.
     """
     parser = parser or get_args_parser()
+    for name in ('--keep-rates', '--token-ways', '--knn', '--knn-bank'):
+        if any(text == name or text.startswith(f'{name}=') for text in map(with_dashes, argv)):
+            parser.error(f'{name} is a flag of curve.py: python curve.py {name} …, without --eval')
     args = parser.parse_args([with_dashes(text) if text.startswith('--') else text for text in argv])
-    if args.data_set is None:
-        args.data_set = 'DIGITS' if args.data_path is None else 'IMNET'
-    is_evit = fill_model_arguments(args, parser, TOKEN_DEFAULTS | SHRINK_DEFAULTS,
-                                   without=('keep_rates', 'knn', *SHRINK_DEFAULTS),
-                                   as_evit=bool(args.keep_rates or args.knn))
+    fill_data_arguments(args, parser, needs_path=not args.only_test_speed)
+    is_resumed = args.resume and (args.eval or args.visualize_mask)
+    is_shrinking = any(getattr(args, name) is not None for name in SHRINK_DEFAULTS)
+    fill_model_arguments(args, parser, read_flags(args.resume, args.output_dir) if is_resumed else None, is_shrinking)
+    fill_shrink_arguments(args, parser)
     if args.train_interpolation is None:
-        args.train_interpolation = input_of(args)[1].interpolation
+        args.train_interpolation = input_of(args.model, args.pretrained)[1].interpolation
     if args.dense_weight is None:
         args.dense_weight = 0.5 if is_lvvit(args.model) else 0.
-    if args.knn and not args.keep_rates:
-        args.keep_rates = [args.base_keep_rate if is_evit else 1.]
     for wrong, message in wrong_combinations(args):
         if wrong:
             parser.error(message)
     return args
+
+
+def fill_shrink_arguments(args, parser):
+    """Complete the schedule of the keep rate, which an EViT alone has."""
+    for name, default in SHRINK_DEFAULTS.items():
+        if args.token_counts and getattr(args, name) is not None:
+            parser.error(f'--token-counts takes no {flag_of(name)}')
+        if args.base_keep_rate is not None and getattr(args, name) is None:
+            is_trained = name == 'shrink_start_epoch' and (args.finetune or args.pretrained)
+            setattr(args, name, 0 if is_trained else default)
 
 
 def evaluates_only(args):
@@ -207,11 +198,7 @@ def wrong_combinations(args):
     """Pairs of a condition on the flags and the error message if it holds."""
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     return (
-        (args.data_set not in DIGITS and not args.data_path and not args.only_test_speed,
-         f'--data-set {args.data_set} needs --data-path'),
-        (args.data_set in DIGITS and args.data_path is not None, f'--data-set {args.data_set} takes no --data-path'),
         (args.finetune == '', '--finetune names no checkpoint'),
-        (args.use_lmdb and args.data_set != 'IMNET', '--use-lmdb goes with --data-set IMNET and --data-path'),
         (args.distillation_type != 'none' and not args.teacher_path,
          f'--distillation-type {args.distillation_type} needs --teacher-path'),
         (args.distillation_type != 'none' and 'distilled' not in args.model,
@@ -223,18 +210,14 @@ def wrong_combinations(args):
         (args.token_label_path and not args.dense_weight, '--token-label-path needs an LV-ViT and a --dense-weight'),
         (args.token_label_path and (args.data_set != 'IMNET' or args.use_lmdb or mixes),
          '--token-label-path goes with --data-set IMNET, --mixup 0 and --cutmix 0, without --use-lmdb'),
-        (args.fuse_token and args.merge_token, '--fuse-token and --merge-token exclude each other'),
-        (args.keep_rates and (not args.eval or args.visualize_mask or args.only_test_speed),
-         '--keep-rates and --knn go with --eval, without another mode'),
-        (args.keep_rates and args.compile, '--keep-rates and --knn run eagerly; leave out --compile'),
-        (args.token_ways and not args.keep_rates, '--token-ways needs --keep-rates'),
-        (args.knn_bank and not args.knn, '--knn-bank needs --knn'),
         (args.visualize_mask and args.base_keep_rate is None,
          f'--visualize-mask: {args.model} does not reorganise tokens; give a token flag such as --base-keep-rate'),
         (args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1],
          '--cutmix-minmax takes the smaller share first'),
         (evaluates_only(args) and not (args.resume or args.pretrained),
          '--eval and --visualize-mask need --resume CHECKPOINT or --pretrained'),
+        (args.overwrite and args.resume, '--overwrite begins anew, --resume goes on with a run; give one of them, for a '
+         'recipe --resume= --overwrite'),
         (args.resume == 'auto' and not args.output_dir, '--resume auto needs the --output-dir of the run'))
 
 
@@ -243,24 +226,21 @@ def wrong_combinations(args):
 def build_loaders(args, device):
     """Loaders of the training set, of the validation set, and of the validation images that TensorBoard shows.
 
-    The first and the last are None if the run does not need them. For --knn, the first has the images in their order,
-    without augmentation.
+    The first and the last are None if the run does not need them.
     """
-    atexit.register(kill_workers)                      # as they ignore the signal that would end them
-    preprocessing = input_of(args)[1]
-    options = {name: getattr(args, name) for name in DATASET} | {'preprocessing': preprocessing}
-    options |= {'augment': False} if args.knn else {}
+    atexit.register(kill_workers)                      # they ignore SIGTERM, which would end them otherwise
+    preprocessing = input_of(args.model, args.pretrained)[1]
+    options = {name: getattr(args, name) for name in (*DATA_FLAGS, 'input_size', *AUGMENTATION)}
+    options['preprocessing'] = preprocessing
     load = partial(build_loader, device=device, num_workers=args.num_workers, pin_memory=args.pin_mem,
                    channels_last=args.channels_last, worker_init_fn=ignore_stop_signals, preprocessing=preprocessing)
-    dataset_train = None if evaluates_only(args) and not args.knn else build_dataset(True, **options)
+    dataset_train = None if evaluates_only(args) else build_dataset(True, **options)
     dataset_val, eval_batch = build_dataset(False, **options), int(1.5 * args.batch_size)
     processes = (world_size(), rank()) if args.dist_eval else (1, 0)
     loader_val = load(dataset_val, EvalSampler(dataset_val, *processes), eval_batch)
     if dataset_train is None:
         return None, loader_val, None
     check_same_classes(dataset_train, dataset_val)
-    if args.knn:
-        return load(dataset_train, EvalSampler(dataset_train, world_size(), rank()), eval_batch), loader_val, None
     if args.token_label_path:
         dataset_train = LabelledTokens(dataset_train, args.token_label_path)
     mask_loader, seeded = None, SeededDataset(dataset_train)
@@ -276,13 +256,13 @@ def build_loaders(args, device):
 
 def build_model(args, num_classes, pretrained=False):
     """The model on the CPU, with new weights or timm's."""
-    return create_model(args.model, pretrained=pretrained, new_head=not args.eval or bool(args.knn),
-                        tokens=token_settings(args), input_size=args.input_size,
+    return create_model(args.model, pretrained=pretrained, new_head=not args.eval,
+                        tokens=TokenSettings.of_flags(vars(args)), input_size=args.input_size,
                         grad_checkpointing=args.grad_checkpointing, model_kwargs=args.model_kwargs,
                         num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
-def build_criterion(args, model, num_classes, device):
+def build_criterion(args, model, num_classes, device, dataset=None):
     """Mixup and token labelling, each None if the run has none, and the loss for them."""
     mixup = teacher = None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
@@ -292,7 +272,8 @@ def build_criterion(args, model, num_classes, device):
         token_labeling = TokenLabeling(num_classes, model.patch_embed.grid_size, args.smoothing, mix=mixup is None)
         return mixup, token_labeling, TokenLabelingLoss(args.dense_weight)
     if args.distillation_type != 'none':
-        teacher = load_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size, device)
+        teacher = load_teacher(args.teacher_model, args.teacher_path, num_classes, args.input_size, device,
+                               dataset)
     base_criterion = build_base_criterion(args.smoothing, soft_labels=mixup is not None)
     return mixup, None, DistillationLoss(base_criterion, teacher, args.distillation_type, args.distillation_alpha,
                                          args.distillation_tau)
@@ -302,6 +283,12 @@ def build_criterion(args, model, num_classes, device):
 
 def main(args):
     device = init_process_group(args.device, args.dist_url, args.world_size, args.dist_timeout)
+    with flash_first(device):
+        run_mode(args, device)
+
+
+def run_mode(args, device):
+    """Build what the mode needs, and run it."""
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     choose_kernels(device, args.deterministic)
@@ -313,15 +300,19 @@ def main(args):
         model = build_model(args, num_classes=1000).to(device, memory_format=memory_format)
         return measure_speed(model)
 
+    if not evaluates_only(args) and args.output_dir and not (args.resume or args.overwrite):
+        refuse_checkpoints(args.output_dir)
     source = find_checkpoint(args.resume, args.output_dir, device, required=evaluates_only(args))
     checkpoint = load_run(source, vars(args), evaluates_only(args)) if source else None
     loader_train, loader_val, mask_loader = build_loaders(args, device)
     num_classes = len(loader_val.dataset.classes)
+    if checkpoint:
+        check_classes(checkpoint, loader_val.dataset, source)
     model = build_model(args, num_classes, pretrained=args.pretrained and not source and not args.finetune)
     if evaluates_only(args) and source:
         load_weights(model, checkpoint['model'], source)
     elif args.finetune and not source:
-        load_finetune(model, args.finetune)
+        load_finetune(model, args.finetune, loader_val.dataset)
     model.to(device, memory_format=memory_format)
     log_setting(args, model, loader_train, loader_val, device, amp_dtype)
     if args.test_speed:
@@ -329,9 +320,7 @@ def main(args):
 
     evaluate_model = partial(evaluate, loader=loader_val, device=device, amp_dtype=amp_dtype, compiled=args.compile,
                              sharded=args.dist_eval, print_freq=args.print_freq)
-    if args.keep_rates:
-        evaluate_rates(args, model, loader_train, loader_val, device, amp_dtype)
-    elif args.eval:
+    if args.eval:
         average = None
         if args.model_ema and source and checkpoint.get('model_ema'):
             load_weights(average := copy.deepcopy(model), checkpoint['model_ema'], f'model_ema of {source}')
@@ -341,7 +330,8 @@ def main(args):
                            device, amp_dtype, args.num_workers, args.pin_mem)
         evaluate_model(model, loader=images, sharded=True)
     else:
-        mixup, token_labeling, criterion = build_criterion(args, model, num_classes, device)
+        log_notes(args, len(loader_train))
+        mixup, token_labeling, criterion = build_criterion(args, model, num_classes, device, loader_val.dataset)
         trainer = Trainer(args, model, device, amp_dtype, criterion, mixup, loader_train, evaluate_model, mask_loader,
                           token_labeling)
         if checkpoint:
@@ -365,31 +355,29 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
             log(f'{name}: images are {dataset.reencoding}')
 
 
-def evaluate_rates(args, model, loader_train, loader_val, device, amp_dtype):
-    """Draw the curve of accuracy against speed over the keep rates."""
-    folder = make_output_folder(args.output_dir or 'curve')
-    settings = {name: getattr(args, name) for name in (*DATASET, 'model', 'model_kwargs', 'pretrained', 'drop_loc',
-                                                       'keep_schedule', 'batch_size', 'knn', 'knn_bank')}
-    settings |= {'precision': str(amp_dtype), 'images': len(loader_val.dataset)}
-    draw_curve(model, loader_val, args.keep_rates, args.token_ways or [way_of(model)], folder, settings, device=device,
-               amp_dtype=amp_dtype, input_size=args.input_size, batch_size=args.batch_size, sharded=args.dist_eval,
-               print_freq=args.print_freq, loader_train=loader_train,
-               neighbours=Neighbours(args.knn, args.knn_bank == 'own') if args.knn else None)
+def log_notes(args, num_steps):
+    """Say which flags do not suit the length of the run; an epoch has `num_steps` steps."""
+    if args.warmup_epochs >= args.epochs:
+        log(f'note: the warm-up of {args.warmup_epochs} epochs is not shorter than the run of {args.epochs}: the learning '
+            'rate only rises; lower --warmup-epochs')
+    if args.base_keep_rate is not None and not args.token_counts:
+        rate = keep_rate_at(args.epochs * num_steps - 1, num_steps, args.shrink_start_epoch, args.shrink_epochs,
+                            args.base_keep_rate)
+        if rate > args.base_keep_rate + 0.01:
+            log(f'note: the keep rate reaches {args.base_keep_rate:g} after {args.shrink_start_epoch} + '
+                f'{args.shrink_epochs} epochs, but the run has {args.epochs}: the last one ends at {rate:.3g}; lower '
+                '--shrink-start-epoch or --shrink-epochs')
+    covered = 1 / (1 - args.model_ema_decay) if args.model_ema_decay < 1 else math.inf
+    updates = args.epochs * math.ceil(num_steps / args.accum_steps)
+    if args.model_ema and covered > updates:
+        log(f'note: the moving average covers {covered:,.0f} updates, but the run has {updates:,}: it stays near the first '
+            'weights; lower --model-ema-decay, or give --no-model-ema')
 
 
 def run(argv=None, parser=None):
-    """The program: an expected failure is one line; the exit status is 2 if the input is wrong.
-
-    The arguments are those of `parse_args`; by default `argv` is the command line of the process.
-    """
-    try:
+    """The program; the arguments are those of `parse_args`; by default `argv` is the command line of the process."""
+    def program():
         main(parse_args(sys.argv[1:] if argv is None else argv, parser))
         leave_process_group()
-    except Stopped:
-        sys.exit(128 + signal.SIGTERM)
-    except Exception as error:
-        exit_failed('main.py', error)
 
-
-if __name__ == '__main__':
-    run()
+    run_program('main.py', program)

@@ -2,13 +2,13 @@
 
 Method: "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations" (ICLR 2022).
 In a few blocks, between attention and MLP, the tokens that the class token attends to most are kept and the others
-are dropped, or fused into one (`token_reorganization.py`). Everything else is timm's vision transformer, subclassed
+are dropped, or fused into one (`evit/reorganization.py`). Everything else is timm's vision transformer, subclassed
 here. A model of timm becomes an EViT with the weights that it has::
 
     model = timm.create_model('vit_base_patch14_reg4_dinov2.lvd142m', pretrained=True)
     model = to_evit(model, base_keep_rate=0.7, fuse_token=True)
     logits = model(images)                                # each block at its own rate
-    logits = model(images, keep_rate=0.9)                 # another rate in the `drop_loc` blocks, for this call
+    logits = model(images, keep_rate=0.9)                 # another rate for this call
     logits, kept = model(images, get_idx=True)            # and which tokens each reorganising block kept
 
 Importing this module registers `VARIANTS`, the EViTs made of DeiTs, with timm::
@@ -16,10 +16,10 @@ Importing this module registers `VARIANTS`, the EViTs made of DeiTs, with timm::
     model = timm.create_model('deit_small_patch16_shrink_base', base_keep_rate=0.7, fuse_token=True)
 """
 import dataclasses
+import inspect
 from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models import (PretrainedCfg, build_model_with_cfg, checkpoint, generate_default_cfgs, get_pretrained_cfg,
@@ -30,14 +30,14 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer, 
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from evit.blocks import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock, EViTEvaBlockPostNorm,
-                         EViTRopeAttention, InplaceGELU)
+                         EViTMlp, EViTRopeAttention)
 from evit.feature_maps import FeatureMaps
 from evit.lvvit import LVViT
+from evit.merging import size_bias
 from evit.position_embedding import ResizedPositions, resize_pos_embed     # noqa: F401, for code that imports it here
+from evit.reorganization import WAYS, patches_after, patches_per_token, rope_rows, weigh_by_size
 from evit.reorganization import class_attention, reorganize_tokens         # noqa: F401, for code that imports them here
-from evit.reorganization import (num_kept, patches_after, patches_per_token, rates_of_counts, rope_rows, uniform_rate,
-                                 weigh_by_size)
-
+from evit.settings import TokenSettings, num_kept
 
 SAVE_SELECTION = partial(create_selective_checkpoint_contexts, [
     torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.argmax.default])
@@ -50,24 +50,23 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
     for.
 
     Args:
-        base_keep_rate, drop_loc, fuse_token, merge_token, uniform, token_counts: as in `to_evit`; all others are
-            timm's.
+        kwargs: those of `to_evit`; all others are timm's.
     """
 
-    def __init__(self, *args, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False, uniform=False,
-                 token_counts=None, **kwargs):
+    def __init__(self, *args, **kwargs):
+        settings = {name: kwargs.pop(name) for name in TOKEN_ARGUMENTS & kwargs.keys()}
         super().__init__(*args, **kwargs)
-        to_evit(self, base_keep_rate, drop_loc, fuse_token, merge_token, uniform, token_counts)
+        to_evit(self, **settings)
 
-    def forward(self, x, keep_rate=None, tokens=None, get_idx=False):
+    def forward(self, x, keep_rate=None, kept_counts=None, get_idx=False):
         """Classify images.
 
         Args:
             x: images (B, 3, H, W).
-            keep_rate: None for each block's own rate; a number for the `drop_loc` blocks (1 or more keeps all
-                tokens; `uniform` spreads it); or a sequence with a rate for each of the `depth` blocks.
-            tokens: how many tokens each of the `depth` blocks keeps, None for all (see `token_counts`), instead of a
-                rate. A compiled model needs one graph for all integers, but a graph for each rate.
+            keep_rate: None for each block's own rate; a number instead of `base_keep_rate` (1 or more keeps all
+                tokens); or a sequence with a rate for each of the `depth` blocks.
+            kept_counts: how many tokens each of the `depth` blocks keeps, None for all (see the method of this name),
+                instead of a rate. A compiled model needs one graph for all integers, but a graph for each rate.
             get_idx: also return the kept positions.
         Returns:
             logits (B, num_classes); with `get_idx`, (logits, [(B, k) for each reorganising block]). Positions count the
@@ -76,9 +75,9 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
         """
         x, rope = self.embed(x)                                                        # (B, P + N, C)
         num_patches = x.shape[1] - self.num_prefix_tokens
-        x, kept, sizes = self.run_blocks(x, rope, keep_rate, tokens)                   # (B, P + n, C)
-        logits = self.forward_head(self.weigh_tokens(self.norm(x), kept, sizes, num_patches))
-        return (logits, kept) if get_idx else logits
+        x, stages = self.run_blocks(x, rope, keep_rate, kept_counts, prefix_only=self.reads_prefix_only())
+        logits = self.classify(self.norm(x), stages, num_patches)
+        return (logits, [stage.idx for stage in stages if stage]) if get_idx else logits
 
     def forward_features(self, x, keep_rate=None):
         """Images (B, 3, H, W) → the remaining tokens (B, P + n, C), normalised."""
@@ -88,23 +87,29 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
         """Images (B, 3, H, W) → tokens (B, P + N, C), and the rotary position embedding, None without one."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None
 
-    def run_blocks(self, x, rope, keep_rate=None, tokens=None):
+    def run_blocks(self, x, rope, keep_rate=None, kept_counts=None, observed=(), prefix_only=False):
         """Run all blocks on tokens (B, P + N, C).
 
+        Args:
+            rope: as `embed` returns it.
+            keep_rate, kept_counts: as in `forward`.
+            observed: blocks whose scores are returned, too.
+            prefix_only: whether the last block may leave out the tokens after the prefix tokens.
         Returns:
-            tokens (B, P + n, C), [kept positions (B, k) for each reorganising block], and how many patches each of the
-            n tokens stands for (B, n), None unless tokens were merged.
+            tokens (B, P + n, C), and for each block its `Reorganization`, None if it kept all tokens.
         """
-        rates = self.block_keep_rates(keep_rate if tokens is None else 1.)
-        counts = len(rates) * [None] if tokens is None else tokens
-        patches, sizes, kept, num_patches = None, None, [], x.shape[1] - self.num_prefix_tokens
-        for i, (rate, count) in enumerate(zip(rates, counts, strict=True)):
-            x, done = self.run_block(i, x, rope, patches, sizes=sizes, keep_rate=rate, tokens=count)
+        rates = self.block_keep_rates(keep_rate if kept_counts is None else 1.)
+        counts = len(rates) * [None] if kept_counts is None else kept_counts
+        patches, sizes, stages, num_patches = None, None, [], x.shape[1] - self.num_prefix_tokens
+        for i, (rate, k) in enumerate(zip(rates, counts, strict=True)):
+            x, done = self.run_block(i, x, rope, patches, sizes=sizes, keep_rate=rate, k=k, get_scores=i in observed,
+                                     prefix_only=prefix_only and i == len(rates) - 1)
+            stages.append(done)
             if done is not None:
-                kept.append(done.kept)
                 sizes = done.sizes
-                patches = None if rope is None else patches_after(patches, done.kept, num_patches)
-        return x, kept, sizes
+            if done is not None and done.idx is not None and rope is not None:
+                patches = patches_after(patches, done.idx, num_patches)
+        return x, stages
 
     def run_block(self, i, x, rope, patches, **kwargs):
         """Run block `i` on tokens (B, P + n, C); → tokens and the block's `Reorganization`.
@@ -125,40 +130,56 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
         saved = {'context_fn': SAVE_SELECTION} if torch.compiler.is_compiling() else {}
         return checkpoint(block, x, use_reentrant=False, **saved)
 
-    def weigh_tokens(self, x, kept, sizes, num_patches):
-        """Weigh tokens (B, P + n, C) by their patches, if the head pools by average ('avg') and not all are one patch.
+    def reads_prefix_only(self):
+        """Whether the head reads the prefix tokens only, and nobody watches the last block by a hook."""
+        if self.global_pool != 'token' or self.cls_token is None or getattr(self, 'attn_pool', None) is not None:
+            return False
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.blocks[-1].modules())
 
-        `kept` and `sizes` are those of `run_blocks`.
+    def classify(self, x, stages, num_patches):
+        """Normalised tokens (B, P + n, C) → logits (B, num_classes).
+
+        Where the head pools by average or by attention, a token counts for all patches that it stands for.
+
+        Args:
+            stages: as `run_blocks` returns them.
+            num_patches: N.
         """
-        if not (kept and (self.fuse_token or self.merge_token) and self.global_pool == 'avg'):
-            return x
-        sizes = patches_per_token(kept, num_patches) if sizes is None else sizes
-        return weigh_by_size(x, sizes, num_patches, getattr(self, 'pool_include_prefix', False))
+        stages, prefix = [stage for stage in stages if stage and stage.idx is not None], self.num_prefix_tokens
+        sizes = stages[-1].sizes if stages else None
+        if getattr(self, 'attn_pool', None) is not None:
+            if sizes is None:
+                return self.forward_head(x)
+            first = 0 if getattr(self, 'pool_include_prefix', True) else prefix
+            bias = size_bias(sizes, prefix, x.dtype)[..., first:]
+            return self.head(self.head_drop(self.fc_norm(self.attn_pool(x[:, first:], attn_mask=bias))))
+        if sizes is None and stages and WAYS[self.token_settings.way].extra_tokens:
+            sizes = patches_per_token([stage.idx for stage in stages], num_patches)
+        if sizes is not None and self.global_pool == 'avg':
+            x = weigh_by_size(x, sizes, num_patches, getattr(self, 'pool_include_prefix', False))
+        return self.forward_head(x)
 
     def block_keep_rates(self, keep_rate=None):
         """The rate of each block for the `keep_rate` of `forward`; ValueError if it is not valid."""
         if keep_rate is None:
             return [block.keep_rate for block in self.blocks]
         if not hasattr(keep_rate, '__len__'):
-            depth = len(self.blocks)
-            if self.uniform and 0 < keep_rate < 1:
-                keep_rate = depth * [uniform_rate(depth, self.drop_loc, keep_rate)]
-            else:
-                keep_rate = [keep_rate if i in self.drop_loc else 1. for i in range(depth)]
+            keep_rate = self.token_settings.block_rates(keep_rate, len(self.blocks), self.patch_embed.num_patches,
+                                                        self.embed_dim)
         if len(keep_rate) != len(self.blocks) or not all(rate > 0 for rate in keep_rate):
             raise ValueError(f'keep_rate must be above 0, one number or one for each of {len(self.blocks)} blocks')
         return keep_rate
 
-    def token_counts(self, keep_rate=None):
+    def kept_counts(self, keep_rate=None):
         """How many tokens each block keeps of an image of the model's input size, None for all of them.
 
-        `keep_rate` is as in `forward`, the result as its `tokens`.
+        `keep_rate` is as in `forward`, the result as its `kept_counts`.
         """
         counts, num_tokens = [], self.patch_embed.num_patches
-        for block, rate in zip(self.blocks, self.block_keep_rates(keep_rate)):
+        for rate in self.block_keep_rates(keep_rate):
             k = num_kept(num_tokens, rate)
             counts.append(k if k < num_tokens else None)
-            num_tokens = k + (block.fuse_token and k < num_tokens)
+            num_tokens = k + WAYS[self.token_settings.way].extra_tokens if k < num_tokens else k
         return tuple(counts)
 
 
@@ -185,7 +206,10 @@ class EViTLVViT(TokenReorganization, LVViT):
     logits have no label.
     """
 
-    def forward(self, x, keep_rate=None, tokens=None, get_idx=False, mixed=None):
+    def reads_prefix_only(self):
+        return False
+
+    def forward(self, x, keep_rate=None, kept_counts=None, get_idx=False, mixed=None):
         """As any EViT's; or with `mixed`, in training, what `TokenLabelingLoss` takes.
 
         Args:
@@ -196,15 +220,15 @@ class EViTLVViT(TokenReorganization, LVViT):
             (B, n), N for a fused one.
         """
         if mixed is None:
-            return super().forward(x, keep_rate, tokens, get_idx)
+            return super().forward(x, keep_rate, kept_counts, get_idx)
         x, _ = self.embed(x)                                                           # (B, P + N, C)
         num_patches = x.shape[1] - self.num_prefix_tokens
         x = torch.where(F.pad(mixed, (self.num_prefix_tokens, 0)).unsqueeze(-1), x.flip(0), x)
-        x, kept, _ = self.run_blocks(x, None, keep_rate, tokens)
+        x, stages = self.run_blocks(x, None, keep_rate, kept_counts)
         logits, token_logits = self.forward_heads(self.norm(x))
         patches = torch.arange(num_patches, device=x.device).expand(len(x), -1)        # (B, N)
-        for idx in kept:
-            patches = patches_after(patches, idx, num_patches)
+        for stage in filter(None, stages):
+            patches = patches_after(patches, stage.idx, num_patches)
         return logits, token_logits, patches[:, :token_logits.shape[1]]
 
 
@@ -214,10 +238,9 @@ EVIT_CLASSES = {
     VisionTransformer: EViT, VisionTransformerDistilled: EViTDistilled, Eva: EViTEva, LVViT: EViTLVViT,
     Block: EViTBlock, EvaBlock: EViTEvaBlock, EvaBlockPostNorm: EViTEvaBlockPostNorm,
     Attention: EViTAttention, EvaAttention: EViTEvaAttention, AttentionRope: EViTRopeAttention,
-    nn.GELU: InplaceGELU,
+    Mlp: EViTMlp,
 }
 TIMM_CLASSES = {ours: theirs for theirs, ours in EVIT_CLASSES.items()}
-WAYS = {'drop': {}, 'fuse': {'fuse_token': True}, 'merge': {'merge_token': True}}       # arguments of `to_evit`
 UNSERVED = {
     **dict.fromkeys(['Beit', 'VisionTransformerRelPos', 'VisionTransformerSAM'],
                     'its attention has a relative position bias'),
@@ -225,23 +248,23 @@ UNSERVED = {
 }
 
 
-def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_token=False, uniform=False,
-            token_counts=None):
+def to_evit(model, base_keep_rate=None, drop_loc=None, fuse_token=None, merge_token=None, uniform=None,
+            token_counts=None, way=None, score=None, settings=None):
     """Turn a vision transformer of timm into an EViT, in place: its parameters and their names stay.
 
-    timm's methods go on to work, `from_evit` turns it back. A call on an EViT sets its settings anew.
+    timm's methods go on to work, `from_evit` turns it back. A call on an EViT changes the settings that it names.
 
     Args:
-        model: a `VisionTransformer`, `VisionTransformerDistilled` or `Eva` with a class token.
-        base_keep_rate: fraction of tokens that a reorganising block keeps, in (0, 1].
-        drop_loc: numbers of the reorganising blocks, from 0; after a quarter, a half and three quarters of the blocks
-            if None, as in the paper (3, 6 and 9 of 12).
+        model: a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`; one without a class token can only merge.
+        base_keep_rate: fraction of tokens that a reorganising block keeps, in (0, 1]; 0.7 by default.
+        drop_loc: numbers of the reorganising blocks, from 0; by default after a quarter, a half and three quarters of
+            the blocks, as in the paper (3, 6 and 9 of 12).
         fuse_token: fuse the other tokens into one instead of dropping them.
-        merge_token: merge each of them into the kept token that it is most similar to (`merge_into_nearest`), which
-            from then on counts for all that it stands for (`size_bias`); for weights that were trained with all tokens.
-        uniform: reorganise in every block, at the rate that leaves as many tokens over all blocks (`uniform_rate`).
-        token_counts: how many tokens leave each block, the class token and all others included, as in published
-            schedules; instead of `base_keep_rate` and `drop_loc`. At another image size, as large a part of them.
+        merge_token: merge the tokens that are most similar to others into these (`merge_tokens`), which from then on
+            count for all that they stand for (`size_bias`); for weights that were trained with all tokens. By default
+            in more blocks, with as much work as fusing at the same rate (`merging_blocks`, `merging_rate`).
+        uniform, token_counts, way, score: as in `TokenSettings`.
+        settings: the `TokenSettings` to start from; those of the model if it is an EViT.
     Returns:
         the model.
     Raises:
@@ -251,28 +274,21 @@ def to_evit(model, base_keep_rate=0.7, drop_loc=None, fuse_token=False, merge_to
     reason = obstacle(model)
     if reason:
         raise ValueError(f'{type(model).__name__} cannot become an EViT: {reason}')
-    depth, rates = len(model.blocks), base_keep_rate
-    if token_counts is not None:
-        if len(token_counts) != depth:
-            raise ValueError(f'token_counts must have a number for each of {depth} blocks, not {len(token_counts)}')
-        rates = rates_of_counts(token_counts, model.patch_embed.num_patches, model.num_prefix_tokens, fuse_token)
-        drop_loc = (i for i, rate in enumerate(rates) if rate < 1)
-    elif drop_loc is None:
-        drop_loc = sorted({depth // 4, depth // 2, 3 * depth // 4})
-    drop_loc = tuple(drop_loc)
-    if not 0 < base_keep_rate <= 1:
-        raise ValueError(f'the keep rate must lie in (0, 1], not {base_keep_rate}')
-    if not all(0 <= i < depth for i in drop_loc):
-        raise ValueError(f'drop_loc {drop_loc} names a block outside 0 to {depth - 1}')
-    if fuse_token and merge_token:
-        raise ValueError('tokens are either fused (fuse_token) or merged (merge_token)')
+    settings = settings or getattr(model, 'token_settings', TokenSettings())
+    settings = settings.updated(base_keep_rate, drop_loc, fuse_token, merge_token, uniform, token_counts, way, score)
+    if model.cls_token is None and WAYS[settings.way].needs_scores and settings.score == 'class_attention':
+        raise ValueError(f'{type(model).__name__} has no class token, whose attention ranks the tokens; merging needs '
+                         'none: merge_token=True')
+    rates = settings.own_rates(len(model.blocks), model.patch_embed.num_patches, model.num_prefix_tokens,
+                               model.embed_dim)
     swap_classes(model, EVIT_CLASSES)
-    model.base_keep_rate, model.drop_loc, model.uniform = base_keep_rate, drop_loc, uniform
-    for block, block.keep_rate in zip(model.blocks, model.block_keep_rates(rates)):
-        block.num_prefix_tokens = model.num_prefix_tokens
-    for module in (model, *model.blocks):
-        module.fuse_token, module.merge_token = fuse_token, merge_token
+    model.token_settings = settings
+    for block, rate in zip(model.blocks, rates):
+        block.token_settings, block.keep_rate, block.num_prefix_tokens = settings, rate, model.num_prefix_tokens
     return model
+
+
+TOKEN_ARGUMENTS = inspect.signature(to_evit).parameters.keys() - {'model'}
 
 
 def from_evit(model):
@@ -280,19 +296,16 @@ def from_evit(model):
     if type(model) not in TIMM_CLASSES:
         raise ValueError(f'{type(model).__name__} is no EViT')
     swap_classes(model, TIMM_CLASSES)
-    for module in (model, *model.blocks):
-        for name in ('base_keep_rate', 'drop_loc', 'uniform', 'keep_rate', 'fuse_token', 'merge_token'):
-            vars(module).pop(name, None)
+    del model.token_settings
     for block in model.blocks:
-        vars(block).pop('num_prefix_tokens', None)
+        del block.token_settings, block.keep_rate, block.num_prefix_tokens
     return model
 
 
 def swap_classes(model, classes):
     """Give the parts of a model that an EViT changes the classes {present class: other class}."""
     blocks = list(model.blocks)
-    activations = [block.mlp.act for block in blocks if type(block.mlp) is Mlp]
-    for module in (model, *blocks, *(block.attn for block in blocks), *activations):
+    for module in (model, *blocks, *(block.attn for block in blocks), *(block.mlp for block in blocks)):
         module.__class__ = classes.get(type(module), type(module))
 
 
@@ -304,8 +317,6 @@ def obstacle(model):
     if not is_served(model):
         return UNSERVED.get(type(model).__name__,
                             'it is no VisionTransformer or Eva of timm, or it is a subclass or a wrapper of one')
-    if model.cls_token is None:
-        return 'it has no class token, whose attention ranks the tokens'
     for block in model.blocks:
         if not is_served(block):
             return f'its blocks are {type(block).__name__}; Block, EvaBlock and EvaBlockPostNorm are served'
@@ -332,10 +343,10 @@ class Variant:
         """Whether it has an auxiliary classifier of the patch tokens."""
         return self.size in LVVITS
 
-    @property
-    def drop_loc(self):
-        depth = SIZES[self.size]['depth']
-        return depth // 4, depth // 2, 3 * depth // 4
+
+def is_lvvit(name):
+    """Whether a model has an auxiliary classifier of the patch tokens."""
+    return name in VARIANTS and VARIANTS[name].is_lvvit
 
 
 DEITS = {
@@ -351,15 +362,24 @@ LVVITS = {
 SIZES = DEITS | LVVITS
 
 VARIANTS = {
-    **{f'deit_{size}_patch16_shrink_base': Variant(size) for size in DEITS},
-    **{f'deit_{size}_distilled_patch16_shrink_base': Variant(size, distilled=True) for size in DEITS},
+    'deit_tiny_patch16_shrink_base': Variant('tiny'),
+    'deit_small_patch16_shrink_base': Variant('small'),
+    'deit_base_patch16_shrink_base': Variant('base'),
+    'deit_tiny_distilled_patch16_shrink_base': Variant('tiny', distilled=True),
+    'deit_small_distilled_patch16_shrink_base': Variant('small', distilled=True),
+    'deit_base_distilled_patch16_shrink_base': Variant('base', distilled=True),
     'deit_small_patch16_224_shrink_base': Variant('small'),
     'deit_small_patch16_224_shrink': Variant('small', keep_rate=0.7),
     'deit_small_patch16_224_shrink05': Variant('small', keep_rate=0.5),
     'deit_small_patch16_272_shrink': Variant('small', img_size=272, keep_rate=0.7),
     'deit_small_patch16_288_shrink06': Variant('small', img_size=288, keep_rate=0.6),
     'deit_small_patch16_304_shrink05': Variant('small', img_size=304, keep_rate=0.5),
-    **{size: Variant(size, keep_rate=1.) for size in LVVITS}, **{f'{size}_shrink_base': Variant(size) for size in LVVITS},
+    'lvvit_t': Variant('lvvit_t', keep_rate=1.),
+    'lvvit_s': Variant('lvvit_s', keep_rate=1.),
+    'lvvit_m': Variant('lvvit_m', keep_rate=1.),
+    'lvvit_t_shrink_base': Variant('lvvit_t'),
+    'lvvit_s_shrink_base': Variant('lvvit_s'),
+    'lvvit_m_shrink_base': Variant('lvvit_m'),
 }
 
 
@@ -388,4 +408,5 @@ def _register(name, variant):
     return register_model(create)
 
 
+# timm finds them by name; these are for `models_evit.deit_small_patch16_shrink_base` and torch.hub
 globals().update({name: _register(name, variant) for name, variant in VARIANTS.items()})

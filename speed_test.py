@@ -5,6 +5,10 @@
 Without --models, it compares the backbones of the paper's Figure 4. Models are timed in turn, so that the ratios hold
 on a machine whose speed varies. `benchmark.py` measures a model from Python.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('speed_test')
+
 import argparse
 import csv
 import dataclasses
@@ -20,16 +24,20 @@ import timm
 import torch
 from timm.layers import to_2tuple
 
-from runtime.arguments import ArgumentParser, positive, rate, timm_model
-from measuring.benchmark import throughput                       # noqa: F401, for code that imports it from here
-from measuring.benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, matrix_product, measured_pass,
-                       peak_memory, stopwatch, time_in_turn)
-from export import InRuntime
-from runtime.model_factory import create_model
-from models_evit import VARIANTS, WAYS, obstacle
 from evit.plain import PlainEViT
-from measuring.throughput_plot import plot
-from runtime.utils import InputError, choose_kernels, one_line
+from evit.reorganization import WAYS
+from evit.settings import TokenSettings
+from export import InRuntime
+from measuring.benchmark import throughput             # noqa: F401, for code that imports it from here
+from measuring.benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, matrix_product, measured_pass,
+                                 peak_memory, stopwatch, time_in_turn, zero_heads)
+from measuring.plots import plot_throughput
+from models_evit import VARIANTS, obstacle
+from runtime.arguments import ArgumentParser, keep_rate, positive, timm_model
+from runtime.attention_priority import flash_first
+from runtime.model_factory import create_model
+from runtime.program import run_program
+from runtime.utils import InputError, choose_kernels
 
 RUNTIMES = {'torch': None, 'compile': None, 'onnxruntime': 'onnx', 'aoti': 'aoti'}         # and formats of export.py
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError
@@ -87,8 +95,12 @@ def build_candidate(candidate, fuse_token):
     name, keep_rate, input_size, _ = candidate
     if keep_rate is None and name in VARIANTS:
         keep_rate = VARIANTS[name].keep_rate
-    tokens = None if keep_rate is None else dict(base_keep_rate=keep_rate) | WAYS[candidate.way_or(fuse_token)]
-    return create_model(name, input_size=input_size, tokens=tokens).eval()
+    tokens = None if keep_rate is None else TokenSettings(keep_rate, way=candidate.way_or(fuse_token))
+    model = create_model(name, input_size=input_size, tokens=tokens).eval()
+    for head in zero_heads(model):                     # the output would not show whether a runtime works
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 @functools.cache
@@ -98,7 +110,7 @@ def read_accuracies():
     For the source timm, one program measured all models (results/results-imagenet.csv, August 2026). The figures of
     EViT are its authors'.
     """
-    with open(Path(__file__).parent / 'measuring' / 'imagenet_top1.csv', newline='') as file:
+    with open(Path(__file__).parent / 'measuring' / 'imagenet_top1.csv', newline='', encoding='utf-8') as file:
         return {(row['model'], int(row['img_size'])): (float(row['top1']), row['source'])
                 for row in csv.DictReader(file)}
 
@@ -106,8 +118,7 @@ def read_accuracies():
 def published_accuracy(candidate, fuse_token):
     """(top-1 in %, source) of a candidate with timm's default weights at its input size, or (None, None)."""
     if candidate.name == EVIT_SMALL:
-        done = {'drop': 'dropped', 'fuse': 'fused', 'merge': 'merged'}[candidate.way_or(fuse_token)]
-        weights = f'EViT-DeiT-S/{candidate.keep_rate} {done}'
+        weights = f'EViT-DeiT-S/{candidate.keep_rate} {WAYS[candidate.way_or(fuse_token)].participle}'
     elif candidate.keep_rate is not None:
         return None, None
     else:
@@ -139,7 +150,7 @@ def planned_rows(candidates, protocol, reference, runtimes=None):
     eager = dataclasses.replace(protocol, compiled=False)
     original = dataclasses.replace(eager, amp_dtype=torch.float32, gradients=not protocol.train)
     for candidate in candidates if reference else ():
-        if candidate.name in VARIANTS and candidate.way != 'merge':        # which a PlainEViT cannot
+        if candidate.name in VARIANTS and candidate.way in (None, 'drop', 'fuse'):     # which a PlainEViT can
             label = str(candidate).replace(candidate.name, 'plain')
             rows.append((candidate, f'{label}, {eager.precision}', eager, True))
             if original != eager:
@@ -265,7 +276,7 @@ def write_csv(path, rows):
     """Write the rows of `compare`, each with its protocol, under a header line."""
     columns = ['model', 'input_size', 'median', 'min', 'max', 'ratio', 'gmacs', 'mparams', 'memory_mib', 'share',
                'top1', 'source', 'failure', 'protocol']
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns, extrasaction='ignore')
         writer.writeheader()
         for row in rows:
@@ -279,9 +290,9 @@ def write_csv(path, rows):
 def parse_candidate(text):
     """An argparse type: 'NAME[@RATE[-WAY]][:SIZE]' → Candidate."""
     base, colon, size = text.partition(':')
-    name, at, keep_rate = base.partition('@')
-    keep_rate, way = re.fullmatch('(.*?)(?:-([a-z]+))?', keep_rate).groups()
-    timm_model(name)
+    name, at, rate = base.partition('@')
+    rate, way = re.fullmatch('(.*?)(?:-([a-z_]+))?', rate).groups()
+    name = timm_model(name)
     if at and name not in VARIANTS:
         with torch.device('meta'):                     # without weights
             reason = obstacle(timm.create_model(name))
@@ -290,7 +301,7 @@ def parse_candidate(text):
     try:
         if way not in (None, *WAYS):
             raise ValueError
-        return Candidate(name, rate(keep_rate) if at else None, positive(int)(size) if colon else None, way)
+        return Candidate(name, keep_rate(rate) if at else None, positive(int)(size) if colon else None, way)
     except (argparse.ArgumentTypeError, ValueError):
         raise argparse.ArgumentTypeError(f'{text}: RATE must be in (0, 1], WAY one of {", ".join(WAYS)}, SIZE a number '
                                          'of pixels') from None
@@ -348,7 +359,7 @@ def main(argv=None):
     """Run the program; return its exit status, 1 if a model failed."""
     argv = sys.argv[1:] if argv is None else argv
     if '--loader' in argv:
-        import loader_benchmark                        # its libraries are not needed otherwise
+        import loader_benchmark  # its libraries are not needed otherwise
         loader_benchmark.main([argument for argument in argv if argument != '--loader'])
         return 0
     args = parse_args(argv)
@@ -359,17 +370,16 @@ def main(argv=None):
                         channels_last=args.channels_last)
     title = f'{protocol}; EViT with other tokens {"fused" if args.fuse_token else "dropped"}'
     print(title, flush=True)
-    rows = compare(candidates, protocol, args.fuse_token, args.reference, args.runtimes)
+    with flash_first(args.device):
+        rows = compare(candidates, protocol, args.fuse_token, args.reference, args.runtimes)
     print(*format_table(rows), sep='\n')
     if args.csv:
         write_csv(args.csv, rows)
     if args.plot:
-        plot(args.plot, rows, title)
+        plot_throughput(args.plot, rows, title)
     return int(any('failure' in row for row in rows))
 
 
-if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        ArgumentParser().error(one_line(error))
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('speed_test.py', main, argv)

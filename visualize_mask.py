@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 from evit.observation import Observation, kept_patches, observe                        # noqa: F401, for notebooks
 from evit.pictures import attention_images, mask_images, merge_images                  # noqa: F401, for notebooks
 from evit.pictures import denormalize, draw_sheets, pixels_per_patch, stage_images, to_bytes
-from runtime.distributed import log, rank, world_size
+from runtime.distributed import ignore_stop_signals, log, rank, world_size
 from runtime.logger import make_output_folder
 from runtime.utils import autocast
 
@@ -22,7 +22,7 @@ SHEET_IMAGES = 128     # images at most, to keep a sheet readable
 
 def save_masked(model, images, indices, output_dir, keep_rate=None,
                 mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
-    """Write each image as `img_{index}_a.jpg` and, after each stage, as `img_{index}_l0.jpg`, `img_{index}_l1.jpg`, …
+    """Write each image as `img_{index}_a.jpg` and after each stage as `img_{index}_block{number}.jpg`, blocks from 0.
 
     Args:
         model, images, keep_rate: as in `kept_patches`.
@@ -37,11 +37,12 @@ def save_masked(model, images, indices, output_dir, keep_rate=None,
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     inputs = denormalize(images, mean, std)
-    masked = stage_images(images, observe(model, images, keep_rate), pixels_per_patch(model), mean, std)
+    seen = observe(model, images, keep_rate)
+    masked = stage_images(images, seen, pixels_per_patch(model), mean, std)
     for index, picture, stages in zip(indices, inputs, masked):
         save_jpeg(picture, output_dir / f'img_{index}_a.jpg')
-        for stage, picture in enumerate(stages):
-            save_jpeg(picture, output_dir / f'img_{index}_l{stage}.jpg')
+        for block, picture in zip(seen.blocks, stages):
+            save_jpeg(picture, output_dir / f'img_{index}_block{block}.jpg')
 
 
 def save_jpeg(picture, path):
@@ -65,7 +66,8 @@ def visualize(model, loader, count, output_dir, batch_size, device, amp_dtype, n
     images = spread(dataset, count)
     sampler = EvalSampler(images, world_size(), rank())
     load = partial(build_loader, batch_size=batch_size, device=device, preprocessing=preprocessing)
-    share = load(images, sampler, num_workers=num_workers, pin_memory=pin_memory)
+    share = load(images, sampler, num_workers=num_workers, pin_memory=pin_memory,
+                 worker_init_fn=ignore_stop_signals)
     statistics = dict(mean=preprocessing.mean, std=preprocessing.std)
     folder, numbers = make_output_folder(output_dir), iter(sampler)
     for batch, _ in share:

@@ -1,6 +1,6 @@
 """Token Merging (Bolya et al., ICLR 2023) with the same weights, as a yardstick for `merge_token`.
 
-    python docs/token_merging.py --eval --resume CHECKPOINT --keep-rates 0.9 0.7 0.5 … (the flags of main.py)
+    python docs/token_merging.py --resume CHECKPOINT --keep-rates 0.9 0.7 0.5 … (the flags of curve.py)
 
 For each keep rate, every block merges as many tokens as make the GMACs those of `merge_token` at this rate. The
 images/s of both are measured with windows in turn.
@@ -8,19 +8,23 @@ images/s of both are measured with windows in turn.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('token_merging')
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import main as program
-from measuring.benchmark import macs, paired_throughput
-from runtime.checkpoint import load_checkpoint, load_weights
-from curve import with_way
+import curve
 from engine import evaluate
-from runtime.failures import exit_failed
+from evit.merging import size_bias
+from measuring.accuracy_curve import with_way
+from measuring.benchmark import macs, paired_throughput
 from models_evit import EViT, to_evit
-from evit.reorganization import size_bias
+from runtime.distributed import init_process_group
+from runtime.program import run_program
 from runtime.utils import InputError, choose_amp_dtype
 
 
@@ -88,19 +92,18 @@ def reductions_of(model, gmacs, input_size):
     raise ValueError(f'no schedule has {gmacs} GMACs')
 
 
-def main():
-    args = program.parse_args(sys.argv[1:])
+def main(argv=None):
+    args = curve.parse_args(sys.argv[1:] if argv is None else argv)
     if not (args.keep_rates and args.resume):
-        raise InputError('give --eval, --resume CHECKPOINT and --keep-rates')
-    device = torch.device(args.device)
-    loader = program.build_loaders(args, device)[1]
-    model = program.build_model(args, len(loader.dataset.classes))
-    load_weights(model, load_checkpoint(args.resume)['model'], args.resume)
+        raise InputError('give --resume CHECKPOINT and --keep-rates')
+    device = init_process_group(args.device)
+    loader, _ = curve.build_loaders(args, device)
+    model = curve.build_model(args, loader.dataset, device)
     if not isinstance(model, EViT):
         raise InputError(f'{args.model} is no VisionTransformer of timm, which alone is served here')
-    model, amp_dtype = with_way(model.to(device).eval(), 'merge'), choose_amp_dtype(args.amp_dtype, device)
+    model, amp_dtype = with_way(model, 'merge'), choose_amp_dtype(args.amp_dtype, device)
     for rate in args.keep_rates:
-        to_evit(model, rate, model.drop_loc, merge_token=True, uniform=model.uniform)
+        to_evit(model, rate)
         gmacs = macs(model, args.input_size)
         merging = TokenMerging(model, reductions_of(model, gmacs, args.input_size))
         theirs, ours = paired_throughput([merging, model], args.input_size, args.batch_size, device, amp_dtype,
@@ -110,8 +113,6 @@ def main():
         evaluate(merging, loader, device=device, amp_dtype=amp_dtype, print_freq=args.print_freq)
 
 
-if __name__ == '__main__':
-    try:
-        main()
-    except Exception as error:
-        exit_failed('token_merging.py', error)
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('token_merging.py', main, argv)

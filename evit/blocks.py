@@ -2,49 +2,64 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
+from timm.layers import Mlp, apply_rot_embed_cat
 from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from evit.reorganization import (Reorganization, class_attention, merge_tokens, num_kept, reorganize_tokens,
-                                 size_bias)
-
+from evit.attention_kernel import attention, is_chosen
+from evit.merging import size_bias
+from evit.reorganization import SCORES, WAYS, Reorganization
+from evit.settings import num_kept
 
 # --- Attention ------------------------------------------------------------------------------------------------------
 
 class ScoringAttention:
-    """Mixin for an attention of timm, which then also returns the class token's attention to each token.
+    """Mixin for an attention of timm, which then also returns the scores that rank the tokens.
 
-    Modifications: with `return_scores`, it always uses scaled_dot_product_attention, and computes the class token's row
-    of the attention in addition, never the (N, N) matrix.
+    Modifications: then it uses `attention`, so scaled_dot_product_attention except in some inference on a CPU, and the
+    scores never need the (N, N) matrix.
     """
 
-    def forward(self, x, return_scores=False, attn_mask=None, **kwargs):
-        """(B, N, C) → (B, N, C), and with `return_scores` the class token's attention (B, N), after any rotation."""
-        if not return_scores:
-            return super().forward(x, attn_mask=attn_mask, **kwargs)
-        q, k, v = self.project(x, **kwargs)                                            # (B, H, N, D) each
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.)
-        x = self.norm(x.transpose(1, 2).flatten(2))                                    # (B, N, C)
-        return self.proj_drop(self.proj(x)), class_attention(q, k, self.scale, attn_mask)
+    def forward(self, x, score=None, attn_mask=None, num_queries=None, is_causal=False, **kwargs):
+        """(B, N, C) → (B, N, C), and with `score`, a function of `SCORES`, the scores (B, N), after any rotation.
 
-    def project(self, x, rope=None):
-        """(B, N, C) → queries, keys and values, (B, H, N, D) each; `rope` rotates queries and keys of the patches."""
-        B, N, _ = x.shape
+        With `num_queries`, only the first so many tokens attend, to all: (B, Q, C). They are prefix tokens.
+        """
+        if is_causal:
+            kwargs['is_causal'] = True                 # older versions of timm have no such argument
+        if score is None and num_queries is None and (is_causal or not is_chosen(x)):
+            return super().forward(x, attn_mask=attn_mask, **kwargs)
+        q, k, v = self.project(x, num_queries, **kwargs)                               # (B, H, Q or N, D) each
+        x = attention(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.)
+        x = self.norm(x.transpose(1, 2).flatten(2))                                    # (B, N, C)
+        x = self.proj_drop(self.proj(x))
+        return x if score is None else (x, score(q, k, v, self.scale, attn_mask))
+
+    def project(self, x, num_queries=None, rope=None):
+        """(B, N, C) → queries, keys and values, (B, H, N, D) each; `rope` rotates queries and keys of the patches.
+
+        With `num_queries`, there are queries of the first so many tokens only.
+        """
         if self.qkv is None:                           # Eva's with three layers, of which keys may have fewer heads
-            head_dim = self.q_proj.out_features // self.num_heads
-            q, k, v = (layer(x).reshape(B, N, -1, head_dim).transpose(1, 2)
-                       for layer in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = self.q_proj(x[:, :num_queries]), self.k_proj(x), self.v_proj(x)
         else:
-            if getattr(self, 'q_bias', None) is None:
-                qkv = self.qkv(x)
-            else:                                      # Eva's without a bias of the keys
-                qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
-            q, k, v = qkv.reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            weight, bias = self.qkv.weight, self.qkv.bias
+            if getattr(self, 'q_bias', None) is not None:                  # Eva's without a bias of the keys
+                bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+            if num_queries is None:
+                q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)       # (B, N, H·D) each
+            else:
+                width = len(weight) // 3
+                biases = (None, None) if bias is None else bias.tensor_split([width])
+                q = F.linear(x[:, :num_queries], weight[:width], biases[0])
+                k, v = F.linear(x, weight[width:], biases[1]).chunk(2, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = self.rotate(q, rope).type_as(v), self.rotate(k, rope).type_as(v)
+            q = (q if num_queries else self.rotate(q, rope)).type_as(v)    # prefix tokens have no place
+            k = self.rotate(k, rope).type_as(v)
         if k.shape[1] < self.num_heads:                # grouped-query attention: neighbouring heads share keys, values
             k, v = (t.repeat_interleave(self.num_heads // t.shape[1], dim=1) for t in (k, v))
         return q, k, v
@@ -69,62 +84,90 @@ class EViTRopeAttention(ScoringAttention, AttentionRope):
 
 # --- Blocks ---------------------------------------------------------------------------------------------------------
 
-class InplaceGELU(nn.GELU):
-    """nn.GELU, in place if no gradient needs the input: the hidden layer of an MLP is then in memory once."""
+class EViTMlp(Mlp):
+    """timm's MLP.
+
+    Modifications: GELU is in place where nothing else needs its input, neither a gradient nor a hook; the hidden layer
+    is then in memory once.
+    """
 
     def forward(self, x):
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        return torch.ops.aten.gelu_(x, approximate=self.approximate)
+        """(B, N, C) → (B, N, C)."""
+        x = self.fc1(x)
+        if self.owns_hidden_layer():
+            x = torch.ops.aten.gelu_(x, approximate=self.act.approximate)
+        else:
+            x = self.act(x)
+        return self.drop2(self.fc2(self.norm(self.drop1(x))))
+
+    def owns_hidden_layer(self):
+        """Whether nothing but GELU gets to see the output of `fc1`."""
+        hooks = (self.fc1._forward_hooks, self.act._forward_hooks, self.act._forward_pre_hooks,
+                 _global_forward_hooks, _global_forward_pre_hooks)
+        return (not torch.is_grad_enabled() and type(self.fc1) is nn.Linear and type(self.act) is nn.GELU
+                and not any(hooks))
 
 
 class ReorganizingBlock:
     """Mixin for a block of timm, which can then reorganise its tokens between attention and MLP.
 
-    Modifications: GELU in place; `keep_rate`, `fuse_token`, `merge_token` and `num_prefix_tokens`, which `to_evit`
-    sets. Prefix tokens (class, distillation, registers) are protected: they are never dropped, fused or merged. A block
-    that keeps all tokens runs timm's own forward.
+    Modifications: `keep_rate`, `token_settings` and `num_prefix_tokens`, which `to_evit` sets. Prefix tokens (class,
+    distillation, registers) are protected: they are never dropped, fused or merged. A block that keeps all tokens runs
+    timm's own forward.
     """
 
-    def forward(self, x, keep_rate=None, tokens=None, sizes=None, get_idx=False, get_tokens=False, **kwargs):
+    def forward(self, x, keep_rate=None, k=None, sizes=None, prefix_only=False, get_idx=False, get_tokens=False,
+                get_scores=False, **kwargs):
         """(B, P + N, C) → (B, P + k [+ 1], C) with P protected tokens.
 
         Args:
             keep_rate: fraction of the N tokens to keep; None for the block's own rate.
-            tokens: number of tokens k to keep, instead of a rate.
+            k: number of tokens to keep, instead of a rate.
             sizes: (B, N), how many patches each token stands for, if they were merged (proportional attention).
+            prefix_only: if all tokens are kept, compute the protected ones only, (B, P, C).
             get_idx: also return the `Reorganization`, None if all tokens were kept.
-            get_tokens: with the tokens from which k were kept.
+            get_tokens: with the tokens before and after.
+            get_scores: with their scores, also if all tokens were kept.
             kwargs: what the attention takes, such as `rope`.
         """
-        num_prefix = self.num_prefix_tokens
-        num_tokens, result = x.shape[1] - num_prefix, None
-        k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate) if tokens is None else tokens
+        settings, num_prefix = self.token_settings, self.num_prefix_tokens
+        num_tokens, done, way = x.shape[1] - num_prefix, None, WAYS[settings.way]
+        if k is None:
+            k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate)
         if sizes is not None:
             kwargs['attn_mask'] = size_bias(sizes, num_prefix, x.dtype)
-        if k >= num_tokens:
-            x = super().forward(x, **kwargs)
-        else:
-            x, scores = self.attend(x, **kwargs)
-            prefix, tokens = x.tensor_split([num_prefix], dim=1)
-            if self.merge_token:
-                kept, result = merge_tokens(tokens, scores[:, num_prefix:], k, sizes)
+        if k >= num_tokens and not get_scores:
+            if prefix_only:
+                x = self.feed_forward(self.attend(x, num_queries=num_prefix, **kwargs)[0])
             else:
-                kept, idx = reorganize_tokens(tokens, scores[:, num_prefix:], k, self.fuse_token)
-                result = Reorganization(idx)
-            if get_tokens:
-                result = result._replace(tokens=tokens)
-            x = self.feed_forward(torch.cat([prefix, kept], dim=1))
-        return (x, result) if get_idx else x
+                x = super().forward(x, **kwargs)
+        else:
+            score = SCORES[settings.score] if way.needs_scores or get_scores else None
+            x, scores = self.attend(x, score=score, **kwargs)
+            scores = scores if scores is None else scores[:, num_prefix:]
+            done = Reorganization(sizes=sizes)
+            if k < num_tokens:
+                prefix, tokens = x.tensor_split([num_prefix], dim=1)
+                remaining, done = way.function(tokens, scores, k, sizes)
+                done = done._replace(tokens=tokens, remaining=remaining) if get_tokens else done
+                x = torch.cat([prefix, remaining], dim=1)
+            done = done._replace(scores=scores) if get_scores else done
+            x = self.feed_forward(x)
+        return (x, done) if get_idx else x
+
+    def run_attention(self, x, score=None, **kwargs):
+        """The attention of tokens (B, N, C) and, with a score, the scores (B, N), None without."""
+        result = self.attn(x, score=score, **kwargs)
+        return result if score is not None else (result, None)
 
 
 class EViTBlock(ReorganizingBlock, Block):
     """The block of a `VisionTransformer`."""
 
-    def attend(self, x, **kwargs):
-        """Attention and its residual; → tokens (B, N, C), the class token's attention (B, N)."""
-        attn, scores = self.attn(self.norm1(x), return_scores=True, **kwargs)
-        return x + self.drop_path1(self.ls1(attn)), scores
+    def attend(self, x, num_queries=None, **kwargs):
+        """Attention and its residual; → tokens (B, N, C), or the first `num_queries`, and their scores (B, N) or None."""
+        attn, scores = self.run_attention(self.norm1(x), num_queries=num_queries, **kwargs)
+        return x[:, :num_queries] + self.drop_path1(self.ls1(attn)), scores
 
     def feed_forward(self, x):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -133,9 +176,9 @@ class EViTBlock(ReorganizingBlock, Block):
 class EViTEvaBlock(ReorganizingBlock, EvaBlock):
     """The block of an `Eva`."""
 
-    def attend(self, x, **kwargs):
-        attn, scores = self.attn(self.norm1(x), return_scores=True, **kwargs)
-        return x + self.drop_path1(attn if self.gamma_1 is None else self.gamma_1 * attn), scores
+    def attend(self, x, num_queries=None, **kwargs):
+        attn, scores = self.run_attention(self.norm1(x), num_queries=num_queries, **kwargs)
+        return x[:, :num_queries] + self.drop_path1(attn if self.gamma_1 is None else self.gamma_1 * attn), scores
 
     def feed_forward(self, x):
         mlp = self.mlp(self.norm2(x))
@@ -145,9 +188,9 @@ class EViTEvaBlock(ReorganizingBlock, EvaBlock):
 class EViTEvaBlockPostNorm(ReorganizingBlock, EvaBlockPostNorm):
     """The block of an `Eva` that normalises after attention and MLP."""
 
-    def attend(self, x, **kwargs):
-        attn, scores = self.attn(x, return_scores=True, **kwargs)
-        return x + self.drop_path1(self.norm1(attn)), scores
+    def attend(self, x, num_queries=None, **kwargs):
+        attn, scores = self.run_attention(x, num_queries=num_queries, **kwargs)
+        return x[:, :num_queries] + self.drop_path1(self.norm1(attn)), scores
 
     def feed_forward(self, x):
         return x + self.drop_path2(self.norm2(self.mlp(x)))

@@ -1,17 +1,46 @@
 """timm's `forward_intermediates` for an EViT: maps of the whole grid from the tokens that remain."""
+import torch
 import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 
+from evit.gather import take as rows
 from evit.reorganization import patches_after
 
 
-def place_tokens(tokens, patches, grid):
-    """Put tokens (B, n, C) in their places on a grid (B, N, C), given the patch of each (B, n or more).
+class PatchTracks:
+    """What becomes of each patch: the token that stands for it, and what the patch differs from this token by.
 
-    A fused token, of patch N, has no place.
+    A patch whose token was merged belongs to the token that it joined, a patch whose token was dropped or fused to the
+    kept token that was most similar to it. It differs from that token as when they met, and changes as the token does.
+
+    Attributes:
+        owner: (B, N), the position of each patch's token, without the prefix tokens; None before the first stage.
+        delta: (B, N, C), patch minus token.
     """
-    idx = patches[:, :tokens.shape[1], None].expand_as(tokens)                         # (B, n, C)
-    return F.pad(grid, (0, 0, 0, 1)).scatter(1, idx, tokens)[:, :-1]
+
+    def __init__(self):
+        self.owner = self.delta = None
+
+    def follow(self, done):
+        """Go on after a stage, by its `Reorganization` with tokens."""
+        k = done.idx.shape[1]
+        kept = torch.arange(k, device=done.idx.device).expand_as(done.idx)
+        if done.nearest is None:
+            cosines = F.normalize(done.tokens, dim=-1) @ F.normalize(done.remaining[:, :k], dim=-1).transpose(1, 2)
+            target = cosines.argmax(dim=-1)                                            # (B, n), of all tokens
+        else:
+            target = torch.zeros(done.tokens.shape[:2], dtype=torch.int64, device=done.idx.device)
+            target = target.scatter(1, done.other_idx, done.nearest)
+        target = target.scatter(1, done.idx, kept)
+        delta = done.tokens - rows(done.remaining, target)                             # (B, n, C)
+        if self.owner is None:
+            self.owner, self.delta = target, delta
+        else:
+            self.owner, self.delta = target.gather(1, self.owner), self.delta + rows(delta, self.owner)
+
+    def grid(self, tokens):
+        """Tokens (B, n, C) → patches (B, N, C)."""
+        return tokens if self.owner is None else rows(tokens, self.owner) + self.delta
 
 
 class FeatureMaps:
@@ -22,8 +51,8 @@ class FeatureMaps:
                               is_causal=False):
         """timm's, with each block at its own rate.
 
-        'NCHW' gives the whole grid: the tokens that remain in their places, and every other patch as it was when it
-        left, after the attention of the block that did not keep it. 'NLC' gives the tokens that remain.
+        'NCHW' gives the whole grid: a patch without a token of its own is followed by `PatchTracks`. 'NLC' gives the
+        tokens that remain.
 
         Raises:
             ValueError: another output_fmt, or an attention mask, which would not fit the tokens that remain.
@@ -33,18 +62,20 @@ class FeatureMaps:
         take, last = feature_take_indices(len(self.blocks), indices)
         image_size, num_prefix_tokens = x.shape[-2:], self.num_prefix_tokens
         x, rope = self.embed(x)
-        outputs, grid, patches, sizes, num_patches = [], None, None, None, x.shape[1] - num_prefix_tokens
+        outputs, tracks, patches, sizes, num_patches = [], PatchTracks(), None, None, x.shape[1] - num_prefix_tokens
         for i in range(last + 1 if stop_early else len(self.blocks)):
             x, done = self.run_block(i, x, rope, patches, sizes=sizes, get_tokens=output_fmt == 'NCHW')
             if done is not None:
                 if output_fmt == 'NCHW':
-                    grid = done.tokens if grid is None else place_tokens(done.tokens, patches, grid)       # (B, N, C)
-                patches, sizes = patches_after(patches, done.kept, num_patches), done.sizes
+                    tracks.follow(done)
+                patches, sizes = patches_after(patches, done.idx, num_patches), done.sizes
             if i in take:
-                prefix, tokens = (self.norm(x) if norm else x).tensor_split([num_prefix_tokens], dim=1)
+                prefix, tokens = x.tensor_split([num_prefix_tokens], dim=1)
                 if output_fmt == 'NCHW':
-                    if grid is not None:
-                        tokens = place_tokens(tokens, patches, self.norm(grid) if norm else grid)
+                    tokens = tracks.grid(tokens)                                       # (B, N, C)
+                if norm:
+                    prefix, tokens = self.norm(torch.cat([prefix, tokens], dim=1)).tensor_split([num_prefix_tokens], dim=1)
+                if output_fmt == 'NCHW':
                     grid_size = self.patch_embed.dynamic_feat_size(image_size)
                     tokens = tokens.transpose(1, 2).unflatten(2, grid_size).contiguous()             # (B, C, H, W)
                 outputs.append((tokens, prefix))

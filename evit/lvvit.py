@@ -84,10 +84,13 @@ class LVViT(VisionTransformer):
             block.ls1, block.ls2 = Scale(1 / skip_lam), Scale(1 / skip_lam)
 
     def reset_classifier(self, num_classes, global_pool=None):
-        """Reset both classifiers; 0 classes leave the features of the class token. ValueError for other pooling."""
-        if global_pool not in (None, 'token'):
+        """Reset both classifiers. ValueError for other pooling than by the class token, except '' without classes.
+
+        0 classes leave the features of the class token, or of all tokens with '', as timm's `features_only` asks for.
+        """
+        if global_pool not in (None, 'token') and (global_pool or num_classes):
             raise ValueError(f'{type(self).__name__} classifies by the class token')
-        super().reset_classifier(num_classes)
+        super().reset_classifier(num_classes, 'token' if num_classes else global_pool)
         self.reset_aux_head()
 
     def reset_aux_head(self):

@@ -2,14 +2,13 @@
 
 A stage is a reorganising block, even if it keeps all of its tokens at rate 1.
 """
-import contextlib
 import math
 from typing import NamedTuple
 
 import torch
 
 from evit.eval_mode import eval_mode
-from evit.reorganization import patches_after
+from evit.reorganization import Reorganization, patches_after
 
 
 def patches_of_tokens(kept, batch_size, num_patches, device=None):
@@ -45,14 +44,14 @@ def groups_of_patches(done, batch_size, num_patches, device=None):
     """Which token each patch is part of after each stage of a model that merges: int (B, stages, num_patches).
 
     Args:
-        done: the stages' `Reorganization`; None for a stage that kept all.
+        done: the stages' `Reorganization`.
     """
     groups = [torch.arange(num_patches, device=device).expand(batch_size, -1)]
     for stage in done:
         group = groups[-1]
-        if stage is not None:
-            own = torch.arange(stage.kept.shape[1], device=device).expand_as(stage.kept)
-            order, target = torch.cat([stage.kept, stage.others], dim=1), torch.cat([own, stage.nearest], dim=1)
+        if stage.idx is not None:
+            own = torch.arange(stage.idx.shape[1], device=device).expand_as(stage.idx)
+            order, target = torch.cat([stage.idx, stage.other_idx], dim=1), torch.cat([own, stage.nearest], dim=1)
             group = torch.empty_like(target).scatter(1, order, target).gather(1, group)
         groups.append(group)
     return torch.stack(groups[1:], dim=1)
@@ -65,7 +64,7 @@ class Observation(NamedTuple):
         blocks: the stages, as block numbers from 0.
         kept: bool (B, stages, rows, cols), the patches that have their own token after the stage.
         attention: float32 (B, stages, rows, cols), the class token's attention to each patch in the stage, NaN where
-            the patch no longer had a token of its own.
+            the patch no longer had a token of its own, or where there is no class token.
         logits: (B, classes).
         groups: int (B, stages, rows, cols), patches with the same number are one token after the stage; None unless the
             model merges tokens.
@@ -88,27 +87,24 @@ def observe(model, images, keep_rate=None):
         images: (B, 3, H, W), normalised, on the model's device.
         keep_rate: as in the model's `forward`.
     """
-    blocks = [i for i, rate in enumerate(model.block_keep_rates(keep_rate)) if rate < 1 or i in model.drop_loc]
-    done, scores = [], []
-    with eval_mode(model), contextlib.ExitStack() as hooks:
-        for block in (model.blocks[i] for i in blocks):
-            # Computed once more, because a block that keeps all of its tokens computes no scores
-            hooks.enter_context(block.attn.register_forward_hook(
-                lambda attn, args, options, _: scores.append(
-                    attn.forward(*args, **{name: options[name] for name in ('rope', 'attn_mask') if name in options},
-                                 return_scores=True)[1]), with_kwargs=True))
-            hooks.enter_context(block.register_forward_hook(lambda _, args, output: done.append(output[1])))
-        logits = model(images, keep_rate)
+    stage_blocks = model.token_settings.blocks(len(model.blocks))
+    blocks = [i for i, rate in enumerate(model.block_keep_rates(keep_rate)) if rate < 1 or i in stage_blocks]
+    with eval_mode(model):
+        x, rope = model.embed(images)                                                  # (B, P + N, C)
+        num_patches = x.shape[1] - model.num_prefix_tokens
+        x, done = model.run_blocks(x, rope, keep_rate, observed=() if model.cls_token is None else blocks)
+        stages = [done[i] or Reorganization() for i in blocks]
+        logits = model.classify(model.norm(x), done, num_patches)
     grid_size = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    shape = len(images), grid_size[0] * grid_size[1]
-    kept = [stage and stage.kept for stage in done]
+    shape = len(images), num_patches
+    kept = [stage.idx for stage in stages]
     attention = torch.full((shape[0], len(blocks), shape[1] + 1), math.nan, device=images.device)
-    for stage, patches, row in zip(attention.unbind(1), patches_of_tokens(kept, *shape, images.device), scores):
-        row = row[:, model.num_prefix_tokens:].float()                                 # (B, n)
-        stage.scatter_(1, patches[:, :row.shape[1]], row)
+    for row, patches, stage in zip(attention.unbind(1), patches_of_tokens(kept, *shape, images.device), stages):
+        if stage.scores is not None:
+            row.scatter_(1, patches[:, :stage.scores.shape[1]], stage.scores.float())
     groups = None
-    if model.merge_token and blocks:
-        groups = groups_of_patches(done, *shape, images.device).unflatten(-1, grid_size)
+    if any(stage.nearest is not None for stage in stages):
+        groups = groups_of_patches(stages, *shape, images.device).unflatten(-1, grid_size)
     return Observation(blocks, compose_positions(kept, *shape, images.device).unflatten(-1, grid_size),
                        attention[..., :-1].unflatten(-1, grid_size), logits, groups)
 

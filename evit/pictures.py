@@ -134,7 +134,7 @@ def draw_sheets(model, batches, classes, keep_rate=None, mean=IMAGENET_DEFAULT_M
         classes: names by label.
         mean, std: normalisation of the images.
     Returns:
-        Two PIL images as `contact_sheet` draws them, with a column for the input and one per stage ("layer", from 1).
+        Two PIL images as `contact_sheet` draws them, with a column for the input and one per stage ("block", numbered from 0).
     """
     grid, attention, captions = [], [], []
     with torch.random.fork_rng(devices=[]):                                # a DataLoader draws a seed for its workers
@@ -147,7 +147,7 @@ def draw_sheets(model, batches, classes, keep_rate=None, mean=IMAGENET_DEFAULT_M
                 rows += to_bytes(torch.cat([inputs, stages], dim=1))
             captions += [(f'true: {classes[label]}', f'predicted: {classes[guess]}')
                          for label, guess in zip(labels.tolist(), seen.logits.argmax(1).tolist())]
-    headers = ['input image', *(f'layer {block + 1}' for block in seen.blocks)]
+    headers = ['input image', *(f'block {block}' for block in seen.blocks)]
     return contact_sheet(grid, headers, captions), contact_sheet(attention, headers, captions)
 
 

@@ -11,15 +11,22 @@ class PlainEViT(nn.Module):
 
     Args:
         model: an EViT; its weights and settings are shared, not copied.
+    Raises:
+        ValueError: it ranks or treats its tokens in a way that is not in the paper.
     """
+    SERVED = {('class_attention', 'drop'), ('class_attention', 'fuse')}
 
     def __init__(self, model):
         super().__init__()
+        settings = model.token_settings
+        if (settings.score, settings.way) not in self.SERVED:
+            raise ValueError(f'the plain EViT has no score {settings.score} with way {settings.way}')
         self.model = model
 
     def forward(self, x, keep_rate=None):
         """Images (B, 3, H, W) → logits (B, num_classes); `keep_rate` as in the model's own forward."""
         model, prefix = self.model, self.model.num_prefix_tokens
+        fuse = model.token_settings.way == 'fuse'
         x = model._pos_embed(model.patch_embed(x))                                     # (B, P + N, C)
         for block, rate in zip(model.blocks, model.block_keep_rates(keep_rate)):
             output, attention = self.attend(block.attn, block.norm1(x))
@@ -28,7 +35,7 @@ class PlainEViT(nn.Module):
             k = math.ceil(rate * num_tokens)
             if k < num_tokens:
                 scores = attention[:, :, 0, prefix:].mean(dim=1)                       # (B, N)
-                x = torch.cat([x[:, :prefix], self.reorganize(x[:, prefix:], scores, k, block.fuse_token)], dim=1)
+                x = torch.cat([x[:, :prefix], self.reorganize(x[:, prefix:], scores, k, fuse)], dim=1)
             mlp = block.mlp
             x = x + block.ls2(mlp.fc2(F.gelu(mlp.fc1(block.norm2(x)))))
         return model.forward_head(model.norm(x))

@@ -1,49 +1,34 @@
 """The method of EViT as pure functions: which tokens a block keeps, and what becomes of the others."""
-import itertools
-import math
-import operator
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-
-def num_kept(num_tokens, keep_rate):
-    """How many of `num_tokens` tokens a block of rate `keep_rate` keeps: k = ceil(rate · N), at most N (§3.2)."""
-    return num_tokens if keep_rate >= 1 else math.ceil(keep_rate * num_tokens)
+from evit.gather import gather_rows
+from evit.merging import merge_tokens, merging_blocks, merging_rate
 
 
-def uniform_rate(depth, drop_loc, keep_rate):
-    """The rate that, in every block, leaves as many tokens over all blocks as `keep_rate` in the `drop_loc` blocks."""
-    def tokens_per_patch(rate, blocks):
-        shares = itertools.accumulate((rate if i in blocks else 1. for i in range(depth)), operator.mul)
-        return sum(shares)
+class Reorganization(NamedTuple):
+    """What a block did with N tokens.
 
-    target = tokens_per_patch(keep_rate, drop_loc)
-    low, high = 0., 1.
-    for _ in range(50):
-        rate = (low + high) / 2
-        low, high = (rate, high) if tokens_per_patch(rate, range(depth)) < target else (low, rate)
-    return round(high, 12)                             # without the last bits, which could keep one more token
-
-
-def rates_of_counts(counts, num_patches, num_prefix_tokens, fuse):
-    """The keep rate of each block that leaves `counts` tokens, prefix tokens and the fused one included.
-
-    A block with fewer tokens keeps them all. ValueError if one would keep none.
+    Attributes:
+        idx: (B, k), positions of the kept tokens; None if it kept all.
+        sizes: (B, k), how many patches each stands for; None unless the others were merged.
+        other_idx: (B, N − k), positions of the others; None unless they were merged.
+        nearest: (B, N − k), which of the k each of them joined.
+        tokens, remaining: (B, N, C) and (B, k [+ 1], C), the tokens before and after, if asked for.
+        scores: (B, N), what ranks the tokens, if asked for.
     """
-    rates, num_tokens = [], num_patches
-    for count in counts:
-        k = count - num_prefix_tokens - fuse
-        if count - num_prefix_tokens >= num_tokens:
-            rates.append(1.)
-        elif k < 1:
-            raise ValueError(f'token_counts: {count} is too few, as {num_prefix_tokens + fuse} of them are no patches')
-        else:
-            rates.append((k - 1e-6) / num_tokens)      # `num_kept` rounds up to k
-            num_tokens = k + fuse
-    return rates
+    idx: torch.Tensor = None
+    sizes: torch.Tensor = None
+    other_idx: torch.Tensor = None
+    nearest: torch.Tensor = None
+    tokens: torch.Tensor = None
+    remaining: torch.Tensor = None
+    scores: torch.Tensor = None
 
+
+# --- Ways to treat the tokens that are not kept ---------------------------------------------------------------------
 
 def reorganize_tokens(tokens, scores, k, fuse=False):
     """Keep the k tokens with the highest scores; drop the others, or fuse them into one, placed last (§3.2, §3.3).
@@ -59,75 +44,71 @@ def reorganize_tokens(tokens, scores, k, fuse=False):
         tokens (B, k, C), or (B, k + 1, C) with the fused one, and their positions in the input (B, k).
     """
     idx = scores.topk(k, dim=1, sorted=False).indices                                  # (B, k)
-    kept = tokens.gather(1, idx.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))        # (B, k, C)
+    remaining = gather_rows(tokens, idx)                                               # (B, k, C)
     if fuse:
         # Kept tokens get weight 0, which saves computing the complement of idx. Without autocast, because casting
         # all tokens would cost more than this product saves.
         with torch.autocast(tokens.device.type, enabled=False):
             weights = scores.scatter(1, idx, 0.).to(tokens.dtype).unsqueeze(1)         # (B, 1, N)
-            kept = torch.cat([kept, weights @ tokens], dim=1)                          # (B, k + 1, C)
-    return kept, idx
+            remaining = torch.cat([remaining, weights @ tokens], dim=1)                # (B, k + 1, C)
+    return remaining, idx
 
 
-def merge_into_nearest(tokens, others, sizes, other_sizes):
-    """Merge each of the other tokens into the token that it is most similar to, by the cosine.
-
-    A token becomes the mean of all that it stands for, weighted by their sizes: the joining of DiffRate (ICCV 2023)
-    and Token Merging (ICLR 2023), here for the tokens that EViT does not keep. The matrix product in place of a scatter
-    with a reduction exports to every runtime.
-
-    Args:
-        tokens: (B, k, C), the kept ones.
-        others: (B, n, C).
-        sizes, other_sizes: (B, k) and (B, n), how many patches each stands for.
-    Returns:
-        tokens (B, k, C), their sizes (B, k), and for each of the others the position of the token it joined (B, n).
-    """
-    similarities = others.detach() @ F.normalize(tokens.detach(), dim=-1).transpose(1, 2)         # (B, n, k), scaled
-    nearest = similarities.argmax(dim=-1)                                                       # (B, n)
-    joins = nearest.unsqueeze(-1) == torch.arange(tokens.shape[1], device=tokens.device)        # (B, n, k)
-    weights = joins * other_sizes.unsqueeze(-1)                                                 # (B, n, k)
-    merged_sizes = sizes + weights.sum(dim=1)                                                   # (B, k)
-    sums = sizes.unsqueeze(-1) * tokens + weights.transpose(1, 2) @ others                      # (B, k, C)
-    return sums / merged_sizes.unsqueeze(-1), merged_sizes, nearest
+def drop_tokens(tokens, scores, k, sizes=None):
+    """Keep the k tokens with the highest scores; drop the others (`Way`)."""
+    remaining, idx = reorganize_tokens(tokens, scores, k)
+    return remaining, Reorganization(idx)
 
 
-def merge_tokens(tokens, scores, k, sizes=None):
-    """Keep the k tokens with the highest scores; merge the others into them.
-
-    Args:
-        tokens, scores, k: as in `reorganize_tokens`.
-        sizes: (B, N), how many patches each token stands for; None for one each.
-    Returns:
-        tokens (B, k, C) and the `Reorganization`.
-    """
-    with torch.autocast(tokens.device.type, enabled=False):        # bfloat16 similarities would choose other tokens
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        sizes = torch.ones_like(scores, dtype=dtype) if sizes is None else sizes
-        order = scores.argsort(dim=1, descending=True)                                 # (B, N)
-        kept, others = order.tensor_split([k], dim=1)
-        rows = tokens.to(dtype).gather(1, order.unsqueeze(-1).expand_as(tokens))       # (B, N, C)
-        merged, merged_sizes, nearest = merge_into_nearest(
-            *rows.tensor_split([k], dim=1), *sizes.gather(1, order).tensor_split([k], dim=1))
-    return merged.to(tokens.dtype), Reorganization(kept, merged_sizes, others, nearest)
+def fuse_tokens(tokens, scores, k, sizes=None):
+    """Keep the k tokens with the highest scores; fuse the others into one (`Way`)."""
+    remaining, idx = reorganize_tokens(tokens, scores, k, fuse=True)
+    return remaining, Reorganization(idx)
 
 
-class Reorganization(NamedTuple):
-    """What a block did with N tokens.
+def merge_similar_tokens(tokens, scores, k, sizes=None):
+    """Merge the N − k tokens that are most similar to another one into that, whatever their scores (`Way`)."""
+    remaining, *done = merge_tokens(tokens, sizes, k)
+    merged_sizes, idx, other_idx, nearest = done
+    return remaining, Reorganization(idx, merged_sizes, other_idx, nearest)
+
+
+def paper_blocks(depth):
+    """After a quarter, a half and three quarters of the blocks, as in the paper: 3, 6 and 9 of 12."""
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+
+class Way(NamedTuple):
+    """A way to treat the tokens that a block does not keep.
+
+    If its `Reorganization` has sizes, the tokens count for so many patches in later attention (`size_bias`) and in
+    pooling. Otherwise, an extra token counts in average pooling for all patches that it stands for.
 
     Attributes:
-        kept: (B, k), positions of the kept tokens.
-        sizes: (B, k), how many patches each stands for; None unless the others were merged.
-        others: (B, N − k), positions of the others; None unless they were merged.
-        nearest: (B, N − k), which of the k each of them joined.
-        tokens: (B, N, C), the tokens themselves, if asked for.
+        function: (tokens (B, N, C), scores (B, N), k, sizes (B, N) or None) → tokens (B, k + extra_tokens, C), the kept
+            ones first, and the `Reorganization`.
+        participle: what the other tokens are then, for tables and captions.
+        extra_tokens: how many tokens follow the kept ones, 0 or 1.
+        needs_scores: whether the function reads the scores. If not, they may be None, so a model needs no class token.
+        blocks: depth → numbers of the default blocks.
+        block_rate: (depth, keep rate of the model, number of patches, width) → the rate in these blocks; None for the same.
     """
-    kept: torch.Tensor
-    sizes: torch.Tensor = None
-    others: torch.Tensor = None
-    nearest: torch.Tensor = None
-    tokens: torch.Tensor = None
+    function: Callable
+    participle: str
+    extra_tokens: int = 0
+    needs_scores: bool = True
+    blocks: Callable = paper_blocks
+    block_rate: Callable = None
 
+
+WAYS = {
+    'drop': Way(drop_tokens, 'dropped'),
+    'fuse': Way(fuse_tokens, 'fused', extra_tokens=1),
+    'merge': Way(merge_similar_tokens, 'merged', needs_scores=False, blocks=merging_blocks, block_rate=merging_rate),
+}
+
+
+# --- Scores ---------------------------------------------------------------------------------------------------------
 
 def class_attention(q, k, scale, bias=None):
     """Softmax attention of the class token to every token, averaged over heads (Eq. 2).
@@ -149,6 +130,15 @@ def class_attention(q, k, scale, bias=None):
         logits = logits + bias.squeeze(2)
     return logits.softmax(dim=-1).mean(dim=1)
 
+
+# What ranks the tokens of a block: functions of its queries, keys and values (B, H, N, D), the factor 1/√D and the bias of
+# `class_attention` → (B, N), prefix tokens included, of which the highest are kept
+SCORES = {
+    'class_attention': lambda q, k, v, scale, bias=None: class_attention(q, k, scale, bias),
+}
+
+
+# --- Bookkeeping ----------------------------------------------------------------------------------------------------
 
 def patches_after(patches, idx, num_patches):
     """The patch of each token after a block.
@@ -194,17 +184,6 @@ def weigh_by_size(x, sizes, num_patches, include_prefix=False):
         prefix = prefix * share
     weights = (sizes.to(torch.promote_types(x.dtype, torch.float32)) * share).to(x.dtype)
     return torch.cat([prefix, tokens * weights.unsqueeze(-1)], dim=1)
-
-
-def size_bias(sizes, num_prefix_tokens, dtype):
-    """Proportional attention: log(size), added to the logits of a key, lets it count as many times (Token Merging, §3).
-
-    Args:
-        sizes: (B, n), how many patches each token stands for; each prefix token counts once.
-    Returns:
-        (B, 1, 1, P + n) of `dtype`, an attention mask.
-    """
-    return F.pad(sizes.log(), (num_prefix_tokens, 0)).to(dtype)[:, None, None]
 
 
 def rope_rows(rope, patches):

@@ -1,6 +1,7 @@
 """From image files to pictures."""
 import io
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from runtime.utils import DataError, one_line
@@ -27,9 +28,30 @@ def decode_picture(data, where):
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return image if image.mode == 'RGB' else image.convert('RGB')              # convert copies in any case
+            return to_rgb(image)
     except Exception as error:                         # Pillow's decoders raise nearly anything on broken data
         raise undecodable(where(), error) from error
+
+
+def to_rgb(image):
+    """A loaded picture of any mode → RGB picture.
+
+    16-bit grey values become 8-bit ones, 257 to 1 (Pillow would cut them off at 255). Transparency is dropped: a pixel
+    has the colour that the file stores for it, whatever its alpha. CMYK is converted without a colour profile.
+
+    Raises:
+        ValueError: the range of the values is unknown, as of 32-bit integers and floats.
+    """
+    if image.mode == 'RGB':
+        return image
+    bits = image.tag_v2.get(258, (16,))[0] if image.format == 'TIFF' else 16           # a TIFF's BitsPerSample
+    is_grey16 = image.mode.startswith('I;16') and bits == 16
+    if is_grey16 or image.mode == 'I' and image.format in ('PNG', 'PPM'):              # which have at most 16 bits
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    elif image.mode[0] in 'IF':
+        raise ValueError(f"the range of its values is unknown (Pillow's mode {image.mode}); save it with 8 or 16 bits")
+    image.info.pop('transparency', None)               # of a palette, Pillow would warn
+    return image.convert('RGB')
 
 
 def undecodable(where, error):

@@ -326,6 +326,7 @@ class ImageFolderLMDB(Dataset):
         decode: a function with the arguments of `decode_picture`, which is the default.
     Attributes:
         classes: list of str.
+        has_class_names: whether they are names, and not numbers because the database does not store names.
         class_to_idx: dict, class → label.
         reencoding: the `Reencoding` of larger images, None if all are unchanged.
         targets: list of int.
@@ -340,6 +341,7 @@ class ImageFolderLMDB(Dataset):
         self.transform, self.target_transform, self.decode = transform, target_transform, decode
         self._opened = None
         self._length, self.reencoding = self._database.num_images, self._database.reencoding
+        self.has_class_names = bool(self._database.classes)
         self.classes = self._database.classes or [str(label) for label in range(num_classes or 1000)]
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
 

@@ -1,4 +1,6 @@
 """Weighted k-nearest-neighbour classification of features, for backbones without a trained head."""
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -7,6 +9,7 @@ from runtime.logger import Progress
 from runtime.utils import autocast
 
 TEMPERATURE = 0.07                                     # of the votes' weights, as in the protocol of DINO (ICCV 2021)
+LEAST_SHARE = 1e-8                                     # of the votes, in the loss
 CHUNK = 2 ** 16                                        # features of the bank that are compared at once
 
 
@@ -74,7 +77,12 @@ class Neighbours:
             all_reduce(tensor)                         # the others' rows are zero
 
     def vote(self, features, way, rate):
-        """Features (B, C) of images → logits (B, classes): log shares of the neighbours' votes, at least log 1e-8."""
+        """Features (B, C) of images → logits (B, classes): log shares of the neighbours' votes, -inf without a vote."""
         queries, bank = F.normalize(features.float(), dim=1), self.banks[self.key(way, rate)]
         votes = nearest_votes(queries, bank, self.labels, self.k, self.num_classes)
-        return votes.clamp(min=1e-8).log()
+        return votes.clamp(min=LEAST_SHARE).log().masked_fill(votes == 0, -math.inf)
+
+
+def finite_loss(logits, labels):
+    """The mean cross entropy of logits (B, classes), in which a class without a vote has the share 1e-8."""
+    return F.cross_entropy(logits.masked_fill(logits == -math.inf, math.log(LEAST_SHARE)), labels)

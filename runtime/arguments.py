@@ -3,9 +3,11 @@ import argparse
 import ast
 import json
 import math
+import os
 from pathlib import Path
 
 import timm
+import torch
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -45,9 +47,9 @@ def positive(kind):
     return number(kind, lambda value: value > 0, 'above 0')
 
 
-count = within(0, 2 ** 31, int)
-non_negative, share = within(0), within(0, 1)
-rate = number(float, lambda value: 0 < value <= 1, 'a keep rate in (0, 1]')
+natural = within(0, 2 ** 31, int)
+non_negative, fraction = within(0), within(0, 1)
+keep_rate = number(float, lambda value: 0 < value <= 1, 'a keep rate in (0, 1]')
 
 
 def block_numbers(text):
@@ -64,7 +66,7 @@ def token_counts(text):
     try:
         if not text.endswith('.json'):
             return block_numbers(text)
-        counts = json.loads(Path(text).read_text())
+        counts = json.loads(Path(text).read_text(encoding='utf-8'))
         if isinstance(counts, list) and all(type(item) is int for item in counts):
             return tuple(counts)
         reason = 'it holds no list of integers'
@@ -87,13 +89,22 @@ def key_value(text):
 
 
 def timm_model(text):
-    """An argparse type: the name of a model that timm knows, with a tag of pretrained weights or without."""
+    """An argparse type: the name of a model that timm knows, with a tag of pretrained weights or without.
+
+    A name of older versions of timm becomes the one that timm maps it to.
+    """
+    renamed = timm.models.get_deprecated_models()
     try:
-        if timm.is_model(text):
-            timm.get_pretrained_cfg(text)
+        if text in renamed:
+            if not renamed[text]:
+                raise RuntimeError('it has been removed')
+            if os.environ.get('RANK', '0') == '0':
+                print(f'note: {text} is an old name of {renamed[text]}', flush=True)
+            return timm_model(renamed[text])
+        if timm.is_model(text) and timm.get_pretrained_cfg(text):
             return text
-        reason = 'is neither in models_evit.py nor in timm'
-    except RuntimeError as error:                      # the tag
+        reason = 'has no configuration in timm' if timm.is_model(text) else 'is neither in models_evit.py nor in timm'
+    except RuntimeError as error:                      # the tag, too
         reason = f'is not in timm: {error}'
     raise argparse.ArgumentTypeError(f'{text} {reason}')
 
@@ -102,3 +113,23 @@ def with_dashes(flag):
     """--base_keep_rate=0.5 → --base-keep-rate=0.5"""
     name, equals, value = flag.partition('=')
     return name.replace('_', '-') + equals + value
+
+
+def add_run_arguments(parser):
+    """Add the flags that every run over a data set has; → their group."""
+    group = parser.add_argument_group('run')
+    add, on_off = group.add_argument, argparse.BooleanOptionalAction
+    add('--output-dir', default='', help="output folder; '' to save nothing")
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu, cuda or one GPU such as cuda:1')
+    add('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16', 'float32'],
+        help='auto: bfloat16 on a GPU that supports it, else float16; float32 on a CPU')
+    add('--channels-last', action='store_true', help='channels-last memory format')
+    add('--deterministic', action='store_true', help='on a GPU, only kernels that repeat their results to the last bit')
+    add('--pin-mem', action=on_off, default=True, help='copy batches to a GPU from pinned memory')
+    add('--print-freq', type=positive(int), default=50, help='steps between lines on the console')
+    add('--dist-eval', action='store_true', help='share the evaluation among the processes')
+    add('--world-size', type=positive(int), default=1, help='number of processes, unless the environment has it')
+    add('--dist-url', default='env://', help='where the processes meet')
+    add('--dist-timeout', type=within(1, 10 ** 6), default=600,
+        help='seconds to wait for a process before giving it up')
+    return group

@@ -1,30 +1,26 @@
-"""Checkpoints: write, find, read and load them, for resuming, finetuning and evaluating."""
+"""Checkpoints: write, find and load them, for resuming, finetuning and evaluating."""
 import argparse
 import contextlib
-import inspect
+import dataclasses
 import io
 import math
 import os
 import shutil
-import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import safetensors.torch
 import timm
 import torch
-from timm.models import clean_state_dict
 
+from evit.settings import TOKEN_FLAGS, TokenSettings
+from runtime.arguments import block_numbers
 from runtime.distributed import all_reduce, log, rank
-from evit.position_embedding import antialiases
+from runtime.foreign_formats import classifiers, convert_weights, under_prefix
+from runtime.model_factory import MODEL_FLAGS
+from runtime.reading import NEWEST, PREVIOUS, DamagedCheckpoint, load_checkpoint
 from runtime.utils import InputError, atomic_write, one_line, open_durably
 
-NEWEST, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
-
-
-class DamagedCheckpoint(InputError):
-    """A file that is not, or no longer, a checkpoint."""
+BEST = 'best_checkpoint.pth'
 
 
 # --- Write ----------------------------------------------------------------------------------------------------------
@@ -177,76 +173,36 @@ def newest_checkpoint(folder, device):
     return str(Path(folder) / names[choice - 1]) if choice else ''
 
 
-# --- Read -----------------------------------------------------------------------------------------------------------
+# --- Resume -----------------------------------------------------------------------------------------------------------
 
-WEIGHTS = 'model', 'state_dict', 'model_ema', 'state_dict_ema'             # our names and those of timm's scripts
-
-
-def load_checkpoint(source):
-    """Read a checkpoint from a file or an https address to the CPU, without running code that it may contain.
-
-    Checkpoints of the original code contain an argparse.Namespace, the only class allowed beside tensors and
-    containers.
-
-    Returns:
-        The checkpoint, a dict with the key 'model'; a state dict, bare or under a usual name, is put under that key.
-    Raises:
-        InputError: the file does not exist or cannot be read; DamagedCheckpoint: it is no checkpoint.
-    """
-    if not source.startswith('https://') and not os.path.isfile(source):
-        raise InputError(f'checkpoint {source} does not exist')
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if source.startswith('https://'):
-                checkpoint = torch.hub.load_state_dict_from_url(source, map_location='cpu', check_hash=True,
-                                                                weights_only=True)
-            else:
-                data = Path(source).read_bytes()
-                if source.endswith('.safetensors'):
-                    checkpoint = safetensors.torch.load(data)
-                else:
-                    file = io.BytesIO(data)
-                    check_records(file, source)
-                    checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-    except (OSError, MemoryError) as error:
-        raise InputError(f'checkpoint {source} cannot be read: {error or "out of memory"}') from None
-    except DamagedCheckpoint:
-        raise
-    except Exception:
-        # Bytes that are no checkpoint raise anything. torch's own message recommends to switch the protection off
-        raise DamagedCheckpoint(
-            f'{source} is not a checkpoint: it is no file of torch.save, is cut short or damaged, or holds more '
-            'than tensors and plain values, which is not loaded because it could run code') from None
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    found = {name: checkpoint[name] for name in WEIGHTS if is_state_dict(checkpoint.get(name))}
-    others = {name: value for name, value in checkpoint.items() if name not in WEIGHTS}
-    if not found and is_state_dict(checkpoint):        # a bare one
-        found, others = {'model': checkpoint}, {}
-    if not found:
-        raise DamagedCheckpoint(f'{source} is not a checkpoint: it holds no state dict of a model')
-    average = found.get('model_ema') or found.get('state_dict_ema')
-    weights = {'model': found.get('model') or found.get('state_dict') or average, 'model_ema': average}
-    # Without the prefixes of DDP and torch.compile
-    return others | {name: clean_state_dict(state) for name, state in weights.items() if state}
+def read_flags(resume, folder):
+    """The flags of the checkpoint that --resume stands for, {} if there is none; as `find_checkpoint` otherwise."""
+    sources = [resume] if resume != 'auto' else [
+        str(Path(folder) / name) for name in (NEWEST, PREVIOUS) if (Path(folder) / name).is_file()]
+    for source in sources:
+        try:
+            return trained_flags(load_checkpoint(source))
+        except DamagedCheckpoint:
+            if source == sources[-1]:
+                raise
+    return {}
 
 
-def is_state_dict(value):
-    return isinstance(value, dict) and bool(value) and all(
-        isinstance(key, str) and isinstance(part, torch.Tensor) for key, part in value.items())
+def trained_flags(checkpoint):
+    """The flags in a checkpoint as a dict; those of the original code are a Namespace with texts in it."""
+    trained = checkpoint.get('args') or {}
+    trained = dict(vars(trained) if isinstance(trained, argparse.Namespace) else trained)
+    if isinstance(trained.get('drop_loc'), str):
+        trained['drop_loc'] = block_numbers(trained['drop_loc'])
+    return trained
 
 
-def check_records(file, source):
-    """Raise DamagedCheckpoint if a record of a torch.save archive does not match its CRC-32.
-
-    torch.load does not check them. A record that is marked as a directory, by one bit, would be read as uninitialised
-    memory.
-    """
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip() or any(record.external_attr & 0x10 and not record.is_dir()
-                                        for record in archive.infolist()):
-                raise DamagedCheckpoint(f'checkpoint {source} is damaged: a record does not match its checksum')
-    file.seek(0)
+def token_fields(flags):
+    """The fields of the `TokenSettings` of a dict of flags, None each if it has no settings; {} if it says nothing."""
+    if not TOKEN_FLAGS & flags.keys():
+        return {}
+    settings = TokenSettings.of_flags(flags)
+    return {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(TokenSettings)}
 
 
 def load_run(source, settings, evaluates_only):
@@ -260,20 +216,20 @@ def load_run(source, settings, evaluates_only):
         InputError: as `load_checkpoint`, or training cannot go on with another optimizer or scheduler.
     """
     checkpoint = load_checkpoint(source)
-    trained = checkpoint.get('args') or {}
-    if isinstance(trained, argparse.Namespace):        # of the original code, whose lr is the scaled one
-        trained = {name: value for name, value in vars(trained).items() if name != 'lr'}
-    model = ('model', 'pretrained', 'input_size', 'model_kwargs', 'base_keep_rate', 'fuse_token', 'merge_token',
-             'drop_loc', 'keep_schedule', 'token_counts')
-    if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
-        model = [name for name in model if name not in ('base_keep_rate', 'drop_loc', 'keep_schedule')]
+    trained = trained_flags(checkpoint)
+    if isinstance(checkpoint.get('args'), argparse.Namespace):             # of the original code, whose lr is scaled
+        trained.pop('lr', None)
     schedule = ('finetune', 'epochs', 'batch_size', 'accum_steps', 'lr', 'warmup_lr', 'min_lr', 'warmup_epochs',
                 'weight_decay', 'dense_weight', 'token_label_path')
     for name in () if evaluates_only else ('opt', 'sched'):
         if name in trained and trained[name] != settings[name]:
             raise InputError(f'{source} was trained with --{name} {trained[name]} and cannot go on with '
                              f'{settings[name]}')
-    for name in model if evaluates_only else (*model, *schedule):
+    trained, settings = ({**flags, **token_fields(flags)} for flags in (trained, settings))
+    fields = token_fields(settings)
+    if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
+        fields = [name for name in fields if name not in ('base_keep_rate', 'drop_loc', 'uniform')]
+    for name in (*MODEL_FLAGS, *fields, *(() if evaluates_only else schedule)):
         if name in trained and str(trained[name] or '') != str(settings[name] or ''):
             log(f'note: {source} was trained with {name} {trained[name]}, this run has {settings[name]}')
     return checkpoint
@@ -298,21 +254,28 @@ def load_weights(model, weights, source, optional=()):
     model.load_state_dict(weights, strict=False)
 
 
-def load_finetune(model, source):
+def load_finetune(model, source, dataset=None):
     """Start from a checkpoint that may have another head or resolution, or be in the format of its own code.
 
-    What is dropped or resized is reported.
+    What is dropped, left out or resized is reported; and, given the data set, a head of other classes that is kept.
     """
-    original = load_checkpoint(source)['model']
-    weights, own = convert_weights(original, model, source), model.state_dict()
-    classifiers = model.pretrained_cfg['classifier']
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    head = {f'{name}.{part}' for name in classifiers for part in ('weight', 'bias')}
+    load_adapted(model, load_checkpoint(source), source, dataset)
+
+
+def load_adapted(model, checkpoint, source, dataset=None):
+    """As `load_finetune`, from a checkpoint that was read. --knn loads so, too, since it does not use the head."""
+    original, own = under_prefix(checkpoint['model'], model, source), model.state_dict()
+    weights = convert_weights(original, model, source)
+    head = {f'{name}.{part}' for name in classifiers(model) for part in ('weight', 'bias')}
     for key in sorted(head & weights.keys() & own.keys()):
         if weights[key].shape != own[key].shape:
             log(f'{source}: dropped {key} {list(weights[key].shape)}, the model has {list(own[key].shape)}')
             del weights[key]
-    for key in sorted(head & own.keys() - weights.keys()):
+    differences = dataset and class_differences(checkpoint, dataset)
+    if differences and head & weights.keys():
+        log(f'note: {source}: the head is taken over, although it was trained on other classes: {differences}')
+    optional = head | ({'fc_norm.weight', 'fc_norm.bias'} if 'norm.weight' in original.keys() - own.keys() else set())
+    for key in sorted(optional & own.keys() - weights.keys()):
         log(f'{source}: no {key} is taken, it starts anew')
     for key in sorted(original.keys() & weights.keys()):
         old, new = original[key].shape, weights[key].shape
@@ -320,34 +283,57 @@ def load_finetune(model, source):
             side = math.isqrt(old[1])                  # the others are prefix tokens, which some formats embed, too
             square = old[1] - side ** 2 <= model.num_prefix_tokens
             old = f'{side}×{side} patches' if square else f'{old[1]} tokens'
-            new = '×'.join(map(str, model.patch_embed.grid_size))
+            new = '×'.join(map(str, model.patch_embed.grid_size)) + ' patches'
         if old != new:
             log(f'{source}: resized {key} from {old} to {new}')
-    load_weights(model, weights, source, optional=head)
+    load_weights(model, weights, source, optional)
 
 
-def convert_weights(weights, model, source):
-    """A state dict in the format of its own code → in that of `model`, by timm's conversion for it.
+# --- The classes ----------------------------------------------------------------------------------------------------
 
-    Position embeddings are resized as `resize_pos_embed` does. Raises InputError if the conversion fails.
+def check_classes(checkpoint, dataset, source):
+    """Raise InputError, naming the first differences, if the head of a checkpoint was trained on other classes.
+
+    Args:
+        checkpoint: of `load_checkpoint`; those without names of classes pass.
+        dataset: whose `classes` are names in the order of the labels.
+        source: name of the checkpoint.
     """
-    module = timm.model_entrypoint(model.pretrained_cfg['architecture']).__module__
-    convert = getattr(sys.modules[module], 'checkpoint_filter_fn', None)
-    if convert is None:
-        return weights
-    options = {'antialias': antialiases(model), 'adapt_layer_scale': True}
-    options = {name: options[name] for name in options if name in inspect.signature(convert).parameters}
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):                    # timm prints parameters that are missing
-            return dict(convert(dict(weights), model, **options))          # which may change its argument
-    except Exception as error:
-        raise InputError(f'{source} is a checkpoint of another model: {one_line(error)}') from None
+    differences = class_differences(checkpoint, dataset)
+    if differences:
+        raise InputError(f'{source} was trained on other classes than the data has: {differences}; the data must have '
+                         'the same names in the same order')
 
 
-def load_teacher(name, path, num_classes, input_size, device):
-    """A timm model in eval mode with the weights of a checkpoint; InputError if it does not take such images."""
-    teacher = timm.create_model(name, num_classes=num_classes).to(device).eval()
-    load_weights(teacher, load_checkpoint(path)['model'], path)
+def class_differences(checkpoint, dataset):
+    """How the classes of a checkpoint differ from those of a data set, in words; '' if they do not, or are unknown."""
+    trained, classes = checkpoint.get('classes'), list(dataset.classes)
+    named = isinstance(trained, (list, tuple)) and all(isinstance(name, str) for name in trained)
+    if not named or not trained or not getattr(dataset, 'has_class_names', True):
+        return ''
+    if trained_flags(checkpoint).get('use_lmdb') and list(trained) == [str(i) for i in range(len(trained))]:
+        return ''                                      # of a database of the original code, which stores no names
+    known, found = set(trained), set(classes)
+    differences = [*(f'{name} is in the checkpoint only' for name in trained if name not in found),
+                   *(f'{name} is in the data only' for name in classes if name not in known)]
+    if not differences:
+        differences = [f'class {i} is {one} in the checkpoint, {other} in the data'
+                       for i, (one, other) in enumerate(zip(trained, classes)) if one != other]
+    more = f', and {len(differences) - 4} more' if len(differences) > 4 else ''
+    return ', '.join(differences[:4]) + more
+
+
+# --- The teacher ----------------------------------------------------------------------------------------------------
+
+def load_teacher(name, path, num_classes, input_size, device, dataset=None):
+    """A timm model in eval mode with the weights of a checkpoint.
+
+    Raises InputError if it does not take such images, or was trained on other classes than `dataset` has.
+    """
+    teacher, checkpoint = timm.create_model(name, num_classes=num_classes).to(device).eval(), load_checkpoint(path)
+    if dataset:
+        check_classes(checkpoint, dataset, path)
+    load_weights(teacher, checkpoint['model'], path)
     try:
         with torch.no_grad():
             teacher(torch.zeros(1, 3, input_size, input_size, device=device))

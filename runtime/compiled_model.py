@@ -64,7 +64,7 @@ class CompiledModel(nn.Module):
         static = self.train_graph if torch.is_grad_enabled() else self.eval_graph
         if keep_rate is None:
             return static(images, **options)
-        tokens = self.model.token_counts(keep_rate)
-        if tokens == self.model.token_counts():
+        kept_counts = self.model.kept_counts(keep_rate)
+        if kept_counts == self.model.kept_counts():
             return static(images, **options)
-        return (self.shrinking_graph if any(tokens) else static)(images, tokens=tokens, **options)
+        return (self.shrinking_graph if any(kept_counts) else static)(images, kept_counts=kept_counts, **options)

@@ -1,22 +1,29 @@
 """Models by name: timm's, as they are or turned into an EViT, and the flags that name them."""
 import argparse
+import difflib
+import inspect
+import logging
+import re
 
 import timm
+import torch
 from timm.layers import to_2tuple
 
-from runtime.arguments import block_numbers, key_value, positive, rate, timm_model, token_counts
+from evit.reorganization import SCORES, WAYS
+from evit.settings import TokenSettings
+from models_evit import TOKEN_ARGUMENTS, VARIANTS, to_evit
+from runtime.arguments import block_numbers, keep_rate, key_value, positive, timm_model, token_counts
 from runtime.distributed import log
-from models_evit import VARIANTS, to_evit
-from runtime.preprocessing import Preprocessing, pretrained_input
+from runtime.preprocessing import input_of
 from runtime.utils import InputError, one_line
 
-SCHEDULE_DEFAULTS = {'base_keep_rate': 0.7, 'drop_loc': None, 'keep_schedule': 'stages'}      # or --token-counts
-TOKEN_DEFAULTS = SCHEDULE_DEFAULTS | {'fuse_token': False, 'merge_token': False, 'token_counts': None}
+MODEL_FLAGS = 'model', 'pretrained', 'model_kwargs', 'input_size'
+
+DEFAULT_MODEL = 'deit_small_patch16_shrink_base'
 
 # Arguments of timm's models that follow from flags or from the data
 RESERVED = {'num_classes', 'drop_rate', 'drop_path_rate', 'img_size', 'in_chans', 'pretrained', 'checkpoint_path',
-            'pretrained_cfg', 'pretrained_cfg_overlay', 'base_keep_rate', 'drop_loc', 'fuse_token',
-            'merge_token', 'uniform', 'token_counts'}
+            'pretrained_cfg', 'pretrained_cfg_overlay', *TOKEN_ARGUMENTS}
 
 
 def create_model(name, *, pretrained=False, new_head=True, input_size=None, tokens=None, grad_checkpointing=False,
@@ -28,7 +35,7 @@ def create_model(name, *, pretrained=False, new_head=True, input_size=None, toke
         pretrained: whether to load timm's weights.
         new_head: whether the head may be new where the weights know other classes.
         input_size: side of the images in pixels; None for the model's own. Only some models need to know it.
-        tokens: None for the model as it is, or the arguments of `to_evit`.
+        tokens: None for the model as it is, or the `TokenSettings` of an EViT.
         grad_checkpointing: whether to recompute activations in the backward pass.
         model_kwargs: more arguments of the model, of --model-kwargs.
         options: arguments of the model that follow from flags; None for its default.
@@ -53,7 +60,7 @@ def create_model(name, *, pretrained=False, new_head=True, input_size=None, toke
         raise InputError(f'--model-kwargs global_pool=: {name} would not classify without pooling')
     if tokens is not None:
         try:
-            to_evit(model, **tokens)
+            to_evit(model, settings=tokens)
         except ValueError as error:
             raise InputError(f'--model {name}: {one_line(error)}') from None
     if grad_checkpointing:
@@ -69,6 +76,7 @@ def create_model(name, *, pretrained=False, new_head=True, input_size=None, toke
 
 def create_from_timm(name, pretrained, options, model_kwargs):
     """`timm.create_model`, whose errors become one line; without stochastic depth if the model has none."""
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)           # each retry, before the error
     while True:
         try:
             return timm.create_model(name, pretrained=pretrained, **options, **model_kwargs)
@@ -77,6 +85,9 @@ def create_from_timm(name, pretrained, options, model_kwargs):
             if "'drop_path_rate'" in str(error) and options.get('drop_path_rate') is not None:
                 log(f'note: {name} takes no --drop-path')
                 options = options | {'drop_path_rate': None}
+            elif (unknown := re.search("unexpected keyword argument '(\\w+)'", str(error))) and unknown[1] in model_kwargs:
+                raise InputError(f'--model-kwargs: {name} has no argument {unknown[1]}{arguments_of(name, unknown[1])}'
+                                 ) from None
             elif pretrained:
                 raise InputError(f'--pretrained: the weights of {name}{given} cannot be loaded: {one_line(error)}'
                                  ) from None
@@ -84,6 +95,20 @@ def create_from_timm(name, pretrained, options, model_kwargs):
                 raise InputError(f'--model {name}{given}: {one_line(error)}') from None
             else:
                 raise
+
+
+def arguments_of(name, wrong):
+    """', but …': the arguments that a model of timm takes, with that first which a `wrong` one resembles; '' if unknown."""
+    try:
+        with torch.device('meta'):                     # without weights
+            kinds = type(timm.create_model(name)).__mro__
+    except Exception:                                  # some models need values
+        return ''
+    kinds = kinds[:kinds.index(torch.nn.Module)]
+    known = sorted({key for kind in kinds for key in inspect.signature(kind.__init__).parameters}
+                   - RESERVED - {'self', 'args', 'kwargs'})
+    similar = difflib.get_close_matches(wrong, known, n=1)
+    return f', but {", ".join(similar + [key for key in known if key not in similar])}'
 
 
 def explain_new_head(name, known, num_classes, new_head):
@@ -100,7 +125,7 @@ def add_model_arguments(parser):
     """Add the flags of tokens and model; → the two groups."""
     tokens = parser.add_argument_group('tokens (one of these flags makes an EViT of a model of timm)')
     add, on_off = tokens.add_argument, argparse.BooleanOptionalAction
-    add('--base-keep-rate', type=rate, help='fraction of tokens that a reorganising block keeps (default: of the '
+    add('--base-keep-rate', type=keep_rate, help='fraction of tokens that a reorganising block keeps (default: of the '
         'model, or 0.7)')
     add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (default: off)')
     add('--merge-token', action=on_off, help='merge each of them into the most similar kept token (default: off)')
@@ -109,58 +134,56 @@ def add_model_arguments(parser):
     add('--keep-schedule', choices=['stages', 'uniform'], help='in these blocks (default), or spread over all blocks')
     add('--token-counts', type=token_counts, metavar='N,N,…|FILE.json', help='instead of rate and blocks: how many '
         'tokens leave each block, the class token included')
+    add('--token-way', choices=[*WAYS], help='what becomes of the other tokens, by name (default: drop)')
+    add('--token-score', choices=[*SCORES], help='what ranks the tokens (default: class_attention)')
     model = parser.add_argument_group('model')
     add = model.add_argument
-    add('--model', type=timm_model, default='deit_small_patch16_shrink_base',
-        help='a model of models_evit.py or any timm model')
+    add('--model', type=timm_model, help=f'a model of models_evit.py or any timm model (default: {DEFAULT_MODEL})')
     add('--pretrained', action='store_true', help="take images as timm's weights of the model do, and start from these "
         'weights unless others are named')
-    add('--model-kwargs', nargs='+', default=[], action='extend', type=key_value, metavar='KEY=VALUE',
+    add('--model-kwargs', nargs='+', action='extend', type=key_value, metavar='KEY=VALUE',
         help='more arguments of the model that have no flag, such as patch_size=8 embed_dim=96')
     add('--input-size', type=positive(int), help="pixels (default: 224, with --pretrained the weights')")
     return tokens, model
 
 
-def fill_model_arguments(args, parser, defaults=TOKEN_DEFAULTS, without=(), as_evit=False):
-    """Complete the flags of `add_model_arguments`; → whether they ask for an EViT.
+def fill_model_arguments(args, parser, trained=None, as_evit=False):
+    """Complete the flags of `add_model_arguments`; those that are not given are taken from a checkpoint, if there is one.
 
     Args:
         args: the Namespace.
         parser: for errors.
-        defaults: of the flags that make an EViT.
-        without: names of flags that do not go with --token-counts.
-        as_evit: whether the model becomes an EViT without such a flag, too.
+        trained: the flags of a checkpoint, a dict in which any may be missing.
+        as_evit: whether the model becomes an EViT in any case.
+    Returns:
+        whether the model or a flag asks for an EViT.
     """
-    args.model_kwargs = dict(args.model_kwargs)
-    given = [name for name in defaults if getattr(args, name) is not None]
-    clash = [name for name in (*SCHEDULE_DEFAULTS, *without) if getattr(args, name) is not None]
-    if args.token_counts and clash:
-        parser.error(f'--token-counts takes no --{clash[0].replace("_", "-")}')
-    is_evit = args.model in VARIANTS or bool(given)
-    filled = dict(defaults) if is_evit or as_evit else {}
-    if args.model in VARIANTS:
-        filled |= {'base_keep_rate': VARIANTS[args.model].keep_rate, 'drop_loc': VARIANTS[args.model].drop_loc}
-    for name, default in (filled | {'input_size': input_of(args)[0]}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    return is_evit
+    trained = trained or {}
+    if args.token_counts:
+        for name in ('base_keep_rate', 'drop_loc', 'keep_schedule'):
+            if getattr(args, name) is not None:
+                parser.error(f'--token-counts takes no {flag_of(name)}')
+    for name in MODEL_FLAGS:
+        setattr(args, name, getattr(args, name) or trained.get(name))
+    try:
+        args.model, args.pretrained = timm_model(args.model or DEFAULT_MODEL), bool(args.pretrained)
+    except argparse.ArgumentTypeError as error:        # the name in the checkpoint
+        parser.error(f'the model of the checkpoint {error}; give --model')
+    args.model_kwargs = dict(args.model_kwargs or {})
+    args.input_size = args.input_size or input_of(args.model, args.pretrained)[0]
+    try:
+        asked = TokenSettings.of_flags(vars(args), TokenSettings.of_flags(trained))
+        start = TokenSettings() if as_evit else None
+        if args.model in VARIANTS:
+            start = TokenSettings(VARIANTS[args.model].keep_rate)
+        settings = TokenSettings.of_flags(vars(args), TokenSettings.of_flags(trained, start))
+    except ValueError as error:
+        parser.error(str(error))
+    if settings:
+        vars(args).update(settings.flags())
+    return bool(asked or args.model in VARIANTS)
 
 
-def input_of(args):
-    """The side of the images in pixels and their `Preprocessing`: those of timm's weights, LV-ViT's, or DeiT's."""
-    if args.pretrained or is_lvvit(args.model):
-        return pretrained_input(args.model)
-    return 224, Preprocessing()
-
-
-def is_lvvit(name):
-    """Whether a model has an auxiliary classifier of the patch tokens."""
-    return name in VARIANTS and VARIANTS[name].is_lvvit
-
-
-def token_settings(args):
-    """The arguments of `to_evit`; None if the model is no EViT."""
-    if args.base_keep_rate is None:
-        return None
-    names = 'base_keep_rate', 'drop_loc', 'fuse_token', 'merge_token', 'token_counts'
-    return {name: getattr(args, name) for name in names} | {'uniform': args.keep_schedule == 'uniform'}
+def flag_of(name):
+    """The flag that sets an attribute of the Namespace."""
+    return f'--{name.replace("_", "-")}'

@@ -4,6 +4,8 @@ from typing import NamedTuple
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
+from models_evit import is_lvvit
+
 
 class Preprocessing(NamedTuple):
     """How pictures become the input of a model, by default that of DeiT and EViT.
@@ -25,3 +27,10 @@ def pretrained_input(model_name):
     """The side in pixels and the `Preprocessing` of the images that timm's weights of a model were trained with."""
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(model_name).to_dict())
     return config.pop('input_size')[-1], Preprocessing(**config)
+
+
+def input_of(model_name, pretrained):
+    """The side in pixels and the `Preprocessing` of images: those of timm's weights, LV-ViT's, or DeiT's."""
+    if pretrained or is_lvvit(model_name):
+        return pretrained_input(model_name)
+    return 224, Preprocessing()

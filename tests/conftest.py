@@ -73,13 +73,13 @@ def reference_images(seed, batch, size):
     return torch.from_numpy(np.random.RandomState(seed).standard_normal((batch, 3, size, size)).astype(np.float32))
 
 
-def run_main(*arguments, processes=0, check=True):
-    """Run main.py as users do, with torchrun if `processes` is above 0. Return the CompletedProcess."""
+def run_main(*arguments, processes=0, check=True, program='main.py'):
+    """Run a program as users do, with torchrun if `processes` is above 0. Return the CompletedProcess."""
     python = [sys.executable]
     if processes:
         python += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'} if processes else os.environ
-    done = subprocess.run([*python, str(ROOT / 'main.py'), *map(str, arguments)], capture_output=True, text=True,
+    done = subprocess.run([*python, str(ROOT / program), *map(str, arguments)], capture_output=True, text=True,
                           env=environment, timeout=300)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

@@ -1,6 +1,6 @@
 """EViT by definition: one image, one head, one token at a time, with the weights of a model of timm.
 
-Nothing of token_reorganization.py is used. From timm come the layers that EViT leaves alone: patch and position
+Nothing of evit/ is used. From timm come the layers that EViT leaves alone: patch and position
 embedding, normalisation, linear layers, MLP and head. Slow; it is run in float64.
 """
 import math
@@ -40,7 +40,7 @@ def one_image(model, vectors, rope, keep_rate, drop_loc, way, norm=False):
     num_prefix = model.num_prefix_tokens
     prefix = [Token(vector) for vector in vectors[:num_prefix]]
     tokens = [Token(vector, patch) for patch, vector in enumerate(vectors[num_prefix:])]
-    grid = [token.vector for token in tokens]
+    grid = [[token, 0.] for token in tokens]           # of each patch, its token and what it differs from it by
     maps = []
     for i, block in enumerate(model.blocks):
         table = None if rope is None else rope[i] if getattr(model, 'rope_mixed', False) else rope
@@ -51,19 +51,19 @@ def one_image(model, vectors, rope, keep_rate, drop_loc, way, norm=False):
         for token, change in zip(both, scale(block, 1, block.norm1(branch) if post_norm else branch)):
             token.vector = token.vector + change
         if i in drop_loc:
-            for token in tokens:
-                if token.patch is not None:
-                    grid[token.patch] = token.vector
-            tokens = reorganize(tokens, attention[num_prefix:], keep_rate, way)
+            before, (tokens, heirs) = tokens, reorganize(tokens, attention[num_prefix:], keep_rate, way)
+            for patch in grid:
+                heir = heirs[before.index(patch[0])]
+                patch[:] = heir, patch[1] + patch[0].vector - heir.vector
+            for token, heir in zip(before, heirs):     # a kept token goes on with its vector
+                assert way == 'merge' or token.patch != heir.patch or token is heir
         both = prefix + tokens
         x = torch.stack([token.vector for token in both])
         branch = block.norm2(block.mlp(x)) if post_norm else block.mlp(block.norm2(x))
         for token, change in zip(both, scale(block, 2, branch)):
             token.vector = token.vector + change
-        for token in tokens:
-            if token.patch is not None:
-                grid[token.patch] = token.vector
-        maps.append(torch.stack([model.norm(vector) for vector in grid] if norm else grid))
+        vectors = [token.vector + delta for token, delta in grid]
+        maps.append(torch.stack([model.norm(vector) for vector in vectors] if norm else vectors))
     features = model.norm(torch.stack([token.vector for token in prefix + tokens]))
     return features, tokens, maps
 
@@ -125,30 +125,47 @@ def scale(block, number, branch):
 
 
 def reorganize(tokens, scores, keep_rate, way):
-    best_first = sorted(range(len(tokens)), key=lambda i: -scores[i].item())
+    """→ the tokens that go on, and for each of the given ones that which stands for it from now on."""
     k = math.ceil(keep_rate * len(tokens))
+    if way == 'merge':
+        return merge(tokens, k)
+    best_first = sorted(range(len(tokens)), key=lambda i: -scores[i].item())
     kept, others = best_first[:k], best_first[k:]
     result = [tokens[i] for i in kept]
+    heirs = [token if i in kept else max(result, key=lambda one: cosine(one, token)) for i, token in enumerate(tokens)]
     if way == 'fuse' and others:
         result.append(Token(sum(scores[i] * tokens[i].vector for i in others),
                             counted=sum(tokens[i].counted for i in others)))
-    if way == 'merge':
-        joined = {i: [tokens[i]] for i in kept}
-        for j in others:
-            nearest = max(kept, key=lambda i: torch.cosine_similarity(tokens[i].vector, tokens[j].vector, dim=0).item())
-            joined[nearest].append(tokens[j])
-        result = []
-        for i, parts in joined.items():
-            size = sum(part.size for part in parts)
-            mean = sum(part.size * part.vector for part in parts) / size
-            result.append(Token(mean, tokens[i].patch, size, size))
-    return result
+    return result, heirs
+
+
+def merge(tokens, k):
+    """Every second token looks for its nearest among the rest, or all but k for one of k; the most similar leave."""
+    N, T = len(tokens), min(k, len(tokens) // 2)
+    targets = [(2 * i + 1) * N // (2 * T) for i in range(T)]
+    nearest = {i: max(targets, key=lambda j: cosine(tokens[i], tokens[j])) for i in range(N) if i not in targets}
+    least_similar_first = sorted(nearest, key=lambda i: cosine(tokens[i], tokens[nearest[i]]))
+    staying, leaving = least_similar_first[:k - T], least_similar_first[k - T:]
+    heirs = {i: tokens[i] for i in staying}
+    for j in targets:
+        parts = [tokens[j], *(tokens[i] for i in leaving if nearest[i] == j)]
+        size = sum(part.size for part in parts)
+        heirs[j] = Token(sum(part.size * part.vector for part in parts) / size, tokens[j].patch, size, size)
+    result = [heirs[i] for i in [*staying, *targets]]
+    return result, [heirs[nearest[i] if i in leaving else i] for i in range(N)]
+
+
+def cosine(one, other):
+    return torch.cosine_similarity(one.vector, other.vector, dim=0).item()
 
 
 def head(model, features, tokens):
     num_prefix = model.num_prefix_tokens
     if hasattr(model, 'head_dist'):
         return (model.head(features[0]) + model.head_dist(features[1])) / 2
+    if getattr(model, 'attn_pool', None) is not None:  # in which a merged token counts as often as it has patches
+        repeats = torch.tensor(num_prefix * [1] + [token.size for token in tokens])
+        return model.forward_head(features.repeat_interleave(repeats, dim=0)[None])[0]
     if model.global_pool != 'avg':
         return model.forward_head(features[None])[0]
     counted = num_prefix * [1] + [token.counted for token in tokens]

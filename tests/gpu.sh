@@ -58,7 +58,7 @@ PROGRAM
 
 python - $device > "$folder/report.md" <<'PROGRAM' || exit 1
 import platform, sys, timm, torch
-from benchmark import available_device, device_name
+from measuring.benchmark import available_device, device_name
 print(f'{device_name(available_device(sys.argv[1]))}, Python {platform.python_version()}, torch {torch.__version__}, '
       f'CUDA {torch.version.cuda}, timm {timm.__version__}')
 PROGRAM

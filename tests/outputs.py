@@ -23,7 +23,8 @@ def result(folder):
     checkpoints = [checkpoint(folder, name) for name in ('checkpoint.pth', 'best_checkpoint.pth')]
     for state in checkpoints:
         del state['args']                                                  # args contain the output folder
-    return [*checkpoints, [timeless(line) for line in log_lines(folder)], timeless(tensorboard(folder))]
+    return [*checkpoints, [timeless(line) for line in log_lines(folder)],
+            *(timeless(tensorboard(run)) for run in (folder, Path(folder) / 'steps'))]
 
 
 def timeless(values):
@@ -46,6 +47,8 @@ def tensorboard(folder):
             for tag, old in points.items():
                 points[tag] = [point for point in old if point[0] < event.step]
         for value in event.summary.value:
+            if value.HasField('tensor'):                                   # the flags, which contain the output folder
+                continue
             shown = value.image.encoded_image_string or value.simple_value
             points.setdefault(value.tag, []).append((event.step, shown))
     return points

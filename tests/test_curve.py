@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -9,20 +10,23 @@ import timm
 import torch
 from PIL import Image
 
-from measuring import knn
-import main
+import curve as program
 from conftest import PLAIN, run_main
-from curve import Evaluation, plan_rows, with_way
 from datasets import build_dataset, build_loader
 from engine import evaluate
+from main import build_model, main, parse_args
+from measuring import knn
+from measuring.accuracy_curve import Evaluation, plan_rows, with_way
 from measuring.knn import Neighbours, nearest_votes
-from main import parse_args
 from models_evit import to_evit
-from samplers import EvalSampler
 from runtime.utils import InputError
+from samplers import EvalSampler
 
 CPU = torch.device('cpu')
 WAYS = 'drop', 'fuse', 'merge'
+QUIET = ['--num_workers', '0', '--device', 'cpu']
+MODEL = ['--model', 'deit_tiny_patch16_shrink_base', '--fuse_token', '--input-size', '32', '--model-kwargs', 'depth=4',
+         '--drop_loc', '1,2,3', *QUIET]
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +66,7 @@ def test_rows_equal_evaluations_one_by_one(model, tmp_path):
     with torch.no_grad():
         full = torch.cat([model(images, keep_rate=1).argmax(1) for images, _ in loader()])
         for row in curve.rows:
-            one = to_evit(with_way(model, 'drop'), row.rate, model.drop_loc, row.way == 'fuse', row.way == 'merge')
+            one = to_evit(with_way(model, row.way if row.way in WAYS else 'drop'), row.rate)
             expected = evaluate(one, loader(), device=CPU, amp_dtype=torch.float32)
             top1, top5, loss, images, same = row.sums
             assert images == expected['images'] == 360
@@ -122,7 +126,7 @@ def test_curve_of_other_settings(model, tmp_path):
 def test_ways_share_the_parameters(model):
     twin = with_way(model, 'merge')
     assert all(one is other for one, other in zip(twin.parameters(), model.parameters(), strict=True))
-    assert twin.merge_token and not model.merge_token and twin.drop_loc == model.drop_loc
+    assert twin.token_settings == dataclasses.replace(model.token_settings, way='merge') != model.token_settings
 
 
 @pytest.mark.parametrize('chunk', [1000, 7])
@@ -146,8 +150,8 @@ def test_neighbours(model, own):
     """The class token's features, of the same rate or of the full model."""
     neighbours, rows = Neighbours(5, own), [('full', 1.), ('merge', 0.5)]
     neighbours.fill({'full': model, 'merge': with_way(model, 'merge')}, rows, loader(True), 10, CPU, torch.float32)
-    bank_model = to_evit(with_way(model, 'merge'), 0.5 if own else 1, model.drop_loc, merge_token=True)
-    query_model = to_evit(with_way(model, 'merge'), 0.5, model.drop_loc, merge_token=True)
+    bank_model = to_evit(with_way(model, 'merge'), 0.5 if own else 1)
+    query_model = to_evit(with_way(model, 'merge'), 0.5)
     features = functools.partial(torch.nn.functional.normalize, dim=1)
     with torch.no_grad():
         bank = torch.cat([bank_model.forward_features(images)[:, 0] for images, _ in loader(True)])
@@ -160,8 +164,8 @@ def test_neighbours(model, own):
 
 
 def test_curve_from_the_command_line(digits_run, tmp_path, capsys, short_windows):
-    flags = [*PLAIN, '--eval', '--resume', str(digits_run[1] / 'checkpoint.pth'), '--output_dir', str(tmp_path)]
-    main.main(parse_args([*flags, '--keep-rates', '0.5', '--token-ways', 'fuse', 'merge']))
+    flags = ['--resume', str(digits_run[1] / 'checkpoint.pth'), '--output_dir', str(tmp_path), *QUIET]
+    program.main(program.parse_args([*flags, '--keep-rates', '0.5', '--token-ways', 'fuse', 'merge']))
     printed = capsys.readouterr().out
     with open(tmp_path / 'curve.csv') as file:
         rows = list(csv.DictReader(file))
@@ -172,34 +176,89 @@ def test_curve_from_the_command_line(digits_run, tmp_path, capsys, short_windows
     with Image.open(tmp_path / 'curve.png') as picture:
         assert picture.width > 500
     with pytest.raises(InputError, match='of knn None, this run has 3'):
-        main.main(parse_args([*flags, '--keep-rates', '0.5', '--knn', '3']))
+        program.main(program.parse_args([*flags, '--keep-rates', '0.5', '--knn', '3']))
 
 
 def test_neighbours_of_other_classes(image_folder, tmp_path):
-    torch.save({'model': main.build_model(parse_args(PLAIN), 3).state_dict()}, tmp_path / 'a.pth')
+    torch.save({'model': build_model(parse_args(PLAIN), 3).state_dict()}, tmp_path / 'a.pth')
     shutil.copytree(image_folder, tmp_path / 'data')
     (tmp_path / 'data' / 'train' / 'red').rename(tmp_path / 'data' / 'train' / 'rot')
     with pytest.raises(InputError, match='differ in their classes'):
-        main.main(parse_args([*PLAIN, '--eval', '--resume', str(tmp_path / 'a.pth'), '--knn', '5',
-                              '--data-path', str(tmp_path / 'data'), '--output_dir', str(tmp_path)]))
+        program.main(program.parse_args([*MODEL, '--resume', str(tmp_path / 'a.pth'), '--knn', '5', '--data-path',
+                                         str(tmp_path / 'data'), '--output_dir', str(tmp_path)]))
+
+
+@pytest.mark.parametrize('k', [1, 3])
+def test_top5_of_few_neighbours(k, model, tmp_path):
+    """At most k classes get votes; the others are no answers, though there are fewer than five."""
+    neighbours, rows = Neighbours(k, False), plan_rows([0.5], ['drop'])
+    evaluation = Evaluation(model, rows, tmp_path / 'curve.json', {}, CPU, torch.float32, neighbours=neighbours)
+    neighbours.fill(evaluation.models, [(row.way, row.rate) for row in rows], loader(True), 10, CPU, torch.float32)
+    evaluation.run(loader())
+    correct = {row.way: torch.zeros(2) for row in rows}
+    for images, labels in loader():
+        for row in rows:
+            votes = evaluation.classify(images, row.way, row.rate)
+            assert (votes > -math.inf).sum(dim=1).max() <= k
+            for vote, label in zip(votes, labels):
+                answers = [i for i in vote.argsort(descending=True)[:5].tolist() if vote[i] > -math.inf]
+                correct[row.way] += torch.tensor([float(answers[0] == label), float(label in answers)])
+    for row in rows:
+        assert row.sums[:2] == correct[row.way].tolist() and (k > 1 or row.sums[0] == row.sums[1])
+        assert math.isfinite(row.sums[2])
+
+
+def test_classes_of_the_checkpoint(image_folder, tmp_path, short_windows):
+    """Other names of the classes are an error in each mode that uses the head; the neighbours' names are the data's."""
+    def write(classes):
+        state = {'model': build_model(parse_args(PLAIN), len(classes)).state_dict(), 'classes': classes}
+        torch.save(state, tmp_path / 'a.pth')
+
+    flags = [*MODEL, '--data-path', str(image_folder), '--resume', str(tmp_path / 'a.pth'), '--batch-size', '2',
+             '--device', 'cpu', '--output_dir', str(tmp_path / 'run')]
+    write(['c0', 'green', 'red'])
+    runs = [lambda mode=mode: main(parse_args([*flags, *mode])) for mode in (['--eval'], ['--visualize-mask'], [])]
+    for run in *runs, lambda: program.main(program.parse_args([*flags, '--keep-rates', '0.5'])):
+        with pytest.raises(InputError, match='c0 is in the checkpoint only, blue is in the data only'):
+            run()
+        assert not (tmp_path / 'run').exists() or not [*(tmp_path / 'run').iterdir()]
+    program.main(program.parse_args([*flags, '--knn', '5']))
+    write([*'abcdefg'])                                # whose head has another size, too
+    program.main(program.parse_args([*flags[:-1], str(tmp_path / 'other'), '--knn', '5']))
+    assert (tmp_path / 'other' / 'curve.csv').exists()
 
 
 def test_default_rates_of_neighbours():
-    flags = ['--eval', '--resume', 'x', '--knn', '5']
+    flags = ['--pretrained', '--knn', '5']
     for given, rates in (([], [0.7]), (['--model', 'deit_small_patch16_224_shrink05'], [0.5]),
                          (['--model', 'deit_small_patch16_224'], [1.]),
                          (['--model', 'deit_small_patch16_224', '--fuse-token'], [0.7])):
-        assert parse_args([*flags, *given]).keep_rates == rates
+        args = program.parse_args([*flags, *given])
+        assert args.keep_rates == rates and not args.measure_speed
+
+
+@pytest.mark.parametrize('flags, named', [
+    ([], 'give --resume CHECKPOINT or --pretrained'), (['--pretrained'], 'give --keep-rates, --knn or both'),
+    (['--pretrained', '--keep-rates', '1.5'], '(0, 1]'),
+    (['--pretrained', '--keep-rates', '0.5', '--token-ways', 'keep'], 'invalid choice'),
+    (['--pretrained', '--keep-rates', '0.5', '--knn-bank', 'own'], 'needs --knn'),
+    (['--pretrained', '--knn', '3', '--token-counts', '5,4'], 'takes no --keep-rates and no --knn'),
+    (['--resume', 'absent.pth', '--knn', '3'], 'absent.pth does not exist')])
+def test_wrong_input(flags, named, capsys):
+    with pytest.raises(SystemExit) as error:
+        program.run(flags)
+    out, err = capsys.readouterr()
+    assert error.value.code == 2 and err.count('\n') == 1 and named in err and not out
 
 
 def test_curve_of_two_processes(image_folder, tmp_path, short_windows):
     """With 24 and 9 images, of which the processes have different numbers."""
-    flags = [*PLAIN, '--data-path', str(image_folder), '--batch-size', '2', '--eval', '--resume',
-             str(tmp_path / 'a.pth'), '--base_keep_rate', '0.6', '--knn', '5', '--knn-bank', 'own', '--dist-eval',
-             '--output_dir']
-    torch.save({'model': main.build_model(parse_args(PLAIN), 3).state_dict()}, tmp_path / 'a.pth')
-    main.main(parse_args([*flags, str(tmp_path / 'one')]))
-    assert ' fuse   0.6' in run_main(*flags, tmp_path / 'two', processes=2).stdout
+    flags = [*MODEL, '--data-path', str(image_folder), '--batch-size', '2', '--resume', str(tmp_path / 'a.pth'),
+             '--base_keep_rate', '0.6', '--knn', '5', '--knn-bank', 'own', '--dist-eval', '--output_dir']
+    torch.save({'model': build_model(parse_args(PLAIN), 3).state_dict()}, tmp_path / 'a.pth')
+    program.main(program.parse_args([*flags, str(tmp_path / 'one')]))
+    assert ' fuse   0.6' in run_main(*flags, tmp_path / 'two', processes=2, program='curve.py').stdout
+    assert sorted(path.name for path in (tmp_path / 'two').iterdir()) == ['curve.csv', 'curve.json']
     one, two = (json.loads((tmp_path / folder / 'curve.json').read_text())['rows'] for folder in ('one', 'two'))
     for a, b in zip(one, two, strict=True):
         assert a['sums'] == pytest.approx(b['sums'], rel=1e-5) and a['sums'][3] == 9 and b['complete']

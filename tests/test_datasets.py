@@ -1,6 +1,7 @@
 import io
 import json
 import random
+import struct
 import time
 from functools import partial
 
@@ -13,6 +14,7 @@ from timm.data import create_transform
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
 
 import folder2lmdb
 from datasets import (DeviceLoader, Digits, INaturalist, SeededDataset, build_dataset, build_loader, build_transform,
@@ -20,8 +22,8 @@ from datasets import (DeviceLoader, Digits, INaturalist, SeededDataset, build_da
 from formats.decoding import decode_picture, load_image
 from formats.fast_transforms import EncodedImage
 from loader_benchmark import plain_transform
-from samplers import EvalSampler, TrainSampler
 from runtime.utils import DataError, InputError
+from samplers import EvalSampler, TrainSampler
 
 CPU = torch.device('cpu')
 PHOTO = load_sample_image('china.jpg')[:375, :500]
@@ -67,6 +69,22 @@ def test_inaturalist(inat):
         assert [round(dataset[i][0].getpixel((0, 0))[0] / 10) for i in range(len(dataset))] == ids
     with pytest.raises(InputError, match='train2019.json is missing'):
         INaturalist(inat, True, 2019)
+
+
+def test_inaturalist_as_its_archive_unpacks(inat):
+    """Images are in a folder of their supercategory. The first image decides, and is looked for once."""
+    flattened = INaturalist(inat, True, 2018).samples
+    (inat / 'train_val2018' / 'Birds').mkdir()
+    for folder in '3', '5', '7':
+        (inat / 'train_val2018' / folder).rename(inat / 'train_val2018' / 'Birds' / folder)
+    train = INaturalist(inat, True, 2018)
+    assert [path.relative_to(inat / 'train_val2018').parts for path, _ in train.samples] == [
+        ('Birds', '7', '0.jpg'), ('Birds', '3', '1.jpg'), ('Birds', '5', '2.jpg'), ('Birds', '7', '3.jpg')]
+    assert [label for _, label in flattened] == train.targets == [0, 1, 2, 0]
+    assert [round(train[i][0].getpixel((0, 0))[0] / 10) for i in range(4)] == [7, 3, 5, 7]
+    (inat / 'train_val2018' / 'Birds').rename(inat / 'train_val2018' / 'Bees')
+    with pytest.raises(InputError, match='neither train_val2018/Birds/7/0.jpg nor train_val2018/7/0.jpg'):
+        INaturalist(inat, True, 2018)
 
 
 def test_image_folder(image_folder):
@@ -171,6 +189,88 @@ def encoded(mode='RGB', kind='JPEG', **options):
 
 
 IMAGES = {'JPEG 4:2:0': encoded(quality=92), 'progressive': encoded(quality=92, progressive=True)}
+
+
+GREY16 = np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))
+
+
+def file_of(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels_of(image):
+    """What a decoder returned as a tensor (3, H, W)."""
+    return image if isinstance(image, torch.Tensor) else pil_to_tensor(image)
+
+
+def decode_fast(data, where):
+    """The whole image as --fast-transforms decodes it."""
+    image = EncodedImage(data, where)
+    width, height = image.size
+    return torch.from_numpy(np.ascontiguousarray(image.crop(0, 0, height, width, (height, width)))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'PPM', 'JPEG2000', 'big-endian TIFF'])
+def test_16_bit_grey_images(kind, tmp_path):
+    picture = Image.fromarray(GREY16)
+    if kind == 'big-endian TIFF':
+        kind, picture = 'TIFF', Image.frombytes('I;16B', (64, 64), GREY16.astype('>u2').tobytes())
+    (tmp_path / 'val' / 'a').mkdir(parents=True)
+    path = tmp_path / 'val' / 'a' / '0.png'
+    path.write_bytes(file_of(picture, kind))
+    for decode in decode_picture, decode_fast:
+        pixels = pixels_of(load_image(path, decode))
+        assert pixels[0, 0, :6].tolist() == [0, 3, 7, 11, 15, 19] and (pixels == pixels[:1]).all()
+        assert np.array_equal(pixels[0], GREY16 // 257)
+    assert folder2lmdb.verify(str(tmp_path / 'val')) == 0
+
+
+@pytest.mark.parametrize('picture, kind', [
+    (Image.fromarray(GREY16.astype(np.int32)), 'TIFF'), (Image.fromarray(GREY16.astype(np.float32)), 'TIFF'),
+    (Image.fromarray(GREY16.astype(np.float32)), 'PPM')], ids=['I', 'F', 'PFM'])
+def test_images_of_unknown_range(picture, kind, tmp_path, capsys):
+    (tmp_path / 'val' / 'a').mkdir(parents=True)
+    path = tmp_path / 'val' / 'a' / '0.tif'
+    path.write_bytes(file_of(picture, kind))
+    for decode in decode_picture, decode_fast:
+        with pytest.raises(DataError, match=r'0\.tif does not decode: the range of its values is unknown .*mode [IF]'):
+            load_image(path, decode)
+    assert folder2lmdb.verify(str(tmp_path / 'val')) == 1
+
+
+def test_12_bit_tiff(tmp_path):
+    """Pillow reads it as 16 bits, but does not scale it."""
+    data = bytearray(file_of(Image.fromarray(GREY16), 'TIFF'))
+    entry = data.index(struct.pack('<HHL', 258, 3, 1))                           # BitsPerSample
+    data[entry + 8:entry + 10] = struct.pack('<H', 12)
+    with pytest.raises(DataError, match='the range of its values is unknown .*I;16'):
+        decode_picture(bytes(data), lambda: 'a.tif')
+
+
+RED = (200, 30, 30)
+TRANSPARENT = Image.new('RGBA', (8, 8), (*RED, 0))
+
+
+@pytest.mark.parametrize('data, colour', [
+    (file_of(TRANSPARENT, 'PNG'), RED), (file_of(TRANSPARENT, 'WEBP', lossless=True, exact=True), RED),
+    (file_of(TRANSPARENT.convert('LA'), 'PNG'), 3 * (81,)), (file_of(TRANSPARENT.convert('PA'), 'TIFF'), RED),
+    (file_of(TRANSPARENT.convert('P'), 'PNG', transparency=0), RED),
+    (file_of(TRANSPARENT.convert('P'), 'PNG', transparency=bytes(9)), RED),
+    (file_of(Image.new('RGB', (8, 8), RED), 'PNG', transparency=RED), RED),
+    (file_of(Image.new('L', (8, 8), 81), 'PNG', transparency=81), 3 * (81,)),
+    (file_of(Image.new('CMYK', (8, 8), (55, 225, 225, 0)), 'JPEG', quality=95), RED),          # stored inverted, by Adobe
+    (file_of(Image.new('CMYK', (8, 8), (55, 225, 225, 0)), 'TIFF'), RED),
+    (file_of(Image.new('1', (8, 8), 1), 'PNG'), 3 * (255,))],
+    ids=['RGBA PNG', 'RGBA WEBP', 'LA', 'PA', 'P with an index', 'P with alphas', 'RGB with a colour', 'L with a grey',
+         'CMYK JPEG', 'CMYK TIFF', '1'])
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_modes_of_images(data, colour):
+    """Transparency is dropped, the colour stays; CMYK, inverted as Adobe stores it, becomes RGB."""
+    for decode in decode_picture, decode_fast:
+        difference = pixels_of(decode(data, lambda: 'a')).int() - torch.tensor(colour).view(3, 1, 1)
+        assert difference.abs().max() <= 1
 
 
 @pytest.mark.parametrize('data', [b'', b'text', IMAGES['JPEG 4:2:0'][:9000], IMAGES['progressive'][:100],

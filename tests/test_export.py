@@ -85,7 +85,7 @@ def test_options(options, tmp_path, capsys):
     floats = images.float() / 255
     model = main.build_model(main.parse_args(flags), 5).eval()
     model.load_state_dict(state)
-    preprocessing = main.input_of(main.parse_args(flags))[1]
+    preprocessing = main.input_of(main.parse_args(flags).model, pretrained=False)[1]
     mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in preprocessing[:2])
     if '--features' in options:
         model.reset_classifier(0)
@@ -115,10 +115,12 @@ def test_lines_of_the_documentation(digits_run, tmp_path, capsys):
     run(*flags, tmp_path / 'digits.pt2', '--format', 'pt2')
     run(*flags, tmp_path / 'digits_aoti.pt2', '--format', 'aoti')
     classify, load, _ = blocks()
+    (tmp_path / 'pictures' / 'notes.txt').write_text('no image')
     (tmp_path / 'classify.py').write_text(f'{classify}\nassert "torch" not in sys.modules')
     (tmp_path / 'load.py').write_text(load)
     command = [sys.executable, 'classify.py', 'digits.onnx', 'pictures']
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    printed.remove('pictures/notes.txt is no image')
     right = sum(line.split()[0].split('/')[1] == line.split()[1] for line in printed)
     capsys.readouterr()
     main.main(main.parse_args([*PLAIN, '--eval', '--no-model-ema', '--resume', str(folder / 'checkpoint.pth')]))
@@ -140,6 +142,48 @@ def test_int8(digits_run, tmp_path):
         classes.append(onnxruntime.InferenceSession(file).run(None, {'images': images})[0].argmax(1))
     assert (classes[0] == classes[1]).mean() > 0.97
     assert 'MatMulInteger' in {node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'int8'])
+def test_weights_in_a_second_file(dtype, tmp_path, monkeypatch, capsys):
+    """As torch writes above 1.5 GiB: both are there, are named, and load where they stand. int8 needs one file again."""
+    import onnxruntime
+    from torch.onnx._internal.exporter import _onnx_program
+    monkeypatch.setattr(_onnx_program, '_LARGE_MODEL_THRESHOLD', 1000)
+    monkeypatch.chdir(tmp_path)
+    flags = [*MODELS['fused'], '--input-size', '32', '--model-kwargs', *SMALL, 'embed_dim=64']
+    flags += [*weights(tmp_path / 'a.pth', flags), '--format', 'onnx', '--dtype', dtype, '--output']
+    names = ['a.onnx'] if dtype == 'int8' else ['a.onnx', 'a.onnx.data']
+    for _ in range(2 if dtype == 'float32' else 1):    # also in the place of an earlier export
+        run(*flags, 'a.onnx')
+        printed = capsys.readouterr().out.splitlines()[-1]
+        assert all(f'{name}: ' in printed for name in names) and ('be kept together' in printed) == (len(names) > 1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [*names, 'a.pth']
+    assert (tmp_path / names[-1]).stat().st_size > 50_000
+    (tmp_path / 'moved').mkdir()
+    for name in names:
+        (tmp_path / name).rename(tmp_path / 'moved' / name)
+    monkeypatch.chdir('/')
+    images = torch.randn(2, 3, 32, 32)
+    model = main.build_model(main.parse_args(flags[:flags.index('--resume')]), 5).eval()
+    model.load_state_dict(torch.load(tmp_path / 'a.pth')['model'])
+    session = onnxruntime.InferenceSession(tmp_path / 'moved' / 'a.onnx')
+    output = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+    with torch.no_grad():
+        expected = model(images)
+    assert (output - expected).abs().max() / expected.abs().max() <= program.TOLERANCE[dtype]
+    assert json.loads(session.get_modelmeta().custom_metadata_map['input_size']) == 32
+
+
+def test_second_file_that_does_not_load(tmp_path, monkeypatch):
+    from torch.onnx._internal.exporter import _onnx_program
+    monkeypatch.setattr(_onnx_program, '_LARGE_MODEL_THRESHOLD', 1000)
+    move = program.move_files
+    monkeypatch.setattr(program, 'move_files', lambda *paths: [open(path, 'w').close() or path for path in move(*paths)])
+    flags = [*MODELS['no EViT'], '--input-size', '32', '--model-kwargs', *SMALL]
+    with pytest.raises(InputError, match='b.onnx does not load with b.onnx.data beside it'):
+        run(*flags, *weights(tmp_path / 'a.pth', flags), '--format', 'onnx', '--output', tmp_path / 'b.onnx')
+    assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
 
 
 def test_openvino(tmp_path):
@@ -238,7 +282,7 @@ def test_format_without_its_packages(tmp_path, monkeypatch):
 def test_hub(tmp_path):
     options = dict(base_keep_rate=0.4, num_classes=3)
     model = torch.hub.load(str(ROOT), 'deit_tiny_patch16_shrink_base', source='local', **options)
-    assert type(model).__name__ == 'EViT' and model.base_keep_rate == 0.4 and model.num_classes == 3
+    assert type(model).__name__ == 'EViT' and model.token_settings.base_keep_rate == 0.4 and model.num_classes == 3
     assert timm.is_model('deit_tiny_patch16_shrink_base')
 
 

@@ -20,11 +20,11 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import folder2lmdb
-from formats import lmdb_dataset
 import main
 from conftest import TINY
-from folder2lmdb import ImageFolderLMDB
 from databases import PICTURES, database, legacy, make_tree, pixels, tree, write_lmdb  # noqa: F401 (fixtures)
+from folder2lmdb import ImageFolderLMDB
+from formats import lmdb_dataset
 from outputs import timeless
 from runtime.utils import InputError, atomic_write
 
@@ -38,7 +38,8 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', ['folder2lmdb.py', *map(str, arguments)])
         capsys.readouterr()
         try:
-            status = folder2lmdb.main()
+            folder2lmdb.run()
+            status = 0
         except SystemExit as leaving:
             status = leaving.code
         return status, *capsys.readouterr()
@@ -130,8 +131,8 @@ def test_wrong_input(tmp_path, command):
     (tmp_path / 'full').mkdir()
     for arguments, message in [
             ([], '--dir'),
-            (['--dir', tmp_path / 'nowhere'], 'nowhere/train is not a folder'),
-            (['--dir', tmp_path, '--splits', 'train,no'], f'{tmp_path}/no is not a folder'),
+            (['--dir', tmp_path / 'nowhere'], 'nowhere is not a folder'),
+            (['--dir', tmp_path, '--splits', 'train,no'], f'{tmp_path} has no no/ folder; no/<class>/<image> is expected'),
             (['--dir', tmp_path, '--splits', 'val'], 'val'),
             (['--dir', tmp_path, '--splits', 'test'], 'hollow'),
             (['--dir', tmp_path, '--splits', 'train/'], "--splits: takes names of folders in --dir, .*, not 'train/'"),
@@ -139,7 +140,7 @@ def test_wrong_input(tmp_path, command):
             (['--dir', tmp_path, '--splits', 'train,train'], "--splits: .*not 'train,train'"),
             (['--dir', tmp_path, '--splits', 'full', '--force'], 'full.lmdb is a folder; remove it first'),
             (['--dir', tmp_path, '--workers', '0'], 'argument --workers: must be above 0, not 0'),
-            (['--dir', tmp_path, '--verify', '--splits', 'no'], f'neither {tmp_path}/no nor {tmp_path}/no.lmdb')]:
+            (['--dir', tmp_path, '--verify', '--splits', 'no'], f'{tmp_path} has no no/ folder and no no.lmdb; no/<class>')]:
         status, out, err = command(*arguments)
         assert status == 2 and not out
         assert re.fullmatch(rf'folder2lmdb.py: error: .*{message}.*\n', err), err

@@ -6,16 +6,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from functorch.compile import (aot_module_simplified, make_boxed_func,
-                               min_cut_rematerialization_partition)
+from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 
-import models_evit
-from runtime.compiled_model import CompiledModel
 from conftest import reference, reference_images, reference_weights
 from datasets import Digits
 from engine import keep_rate_at
-from models_evit import VARIANTS, class_attention, num_kept, reorganize_tokens, resize_pos_embed
 from evit.plain import PlainEViT
+from evit.settings import TokenSettings
+from models_evit import VARIANTS, class_attention, num_kept, reorganize_tokens, resize_pos_embed
+from runtime.compiled_model import CompiledModel
 
 
 def tiny(**kwargs):
@@ -141,7 +140,8 @@ def test_num_kept(num_tokens, keep_rate, expected):
 @pytest.mark.parametrize('fuse', [False, True])
 def test_protected_tokens(num_prefix_tokens, fuse):
     block = tiny(embed_dim=12).blocks[0]
-    block.keep_rate, block.fuse_token, block.num_prefix_tokens = 0.5, fuse, num_prefix_tokens
+    block.keep_rate, block.num_prefix_tokens = 0.5, num_prefix_tokens
+    block.token_settings = TokenSettings(way='fuse' if fuse else 'drop')
     for layer in (block.attn.proj, block.mlp.fc2):                     # both branches add zero: tokens are unchanged
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
@@ -217,7 +217,7 @@ def test_names_rates_and_sizes():
     assert others == {f'deit_{size}_{kind}patch16_shrink_base' for size in sizes for kind in ('', 'distilled_')} | {
         f'lvvit_{size}{end}' for size in 'tsm' for end in ('', '_shrink_base')}
     model = timm.create_model('deit_small_patch16_304_shrink05')
-    assert model.base_keep_rate == 0.5 and model.patch_embed.img_size == (304, 304)
+    assert model.token_settings.base_keep_rate == 0.5 and model.patch_embed.img_size == (304, 304)
     assert sum(p.numel() for p in model.parameters()) == 22_050_664 + (19 ** 2 - 14 ** 2) * 384
     assert all(timm.models.is_model_in_modules(name, ['models_evit']) for name in VARIANTS)
     assert timm.models.model_entrypoint('deit_small_patch16_224').__module__ == 'timm.models.deit'
@@ -263,16 +263,6 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_inplace_gelu():
-    gelu, x = tiny().blocks[0].mlp.act, torch.randn(2, 5, requires_grad=True)
-    hidden = x * 1
-    expected = F.gelu(hidden)
-    assert torch.equal(gelu(hidden), expected) and torch.equal(hidden, x)
-    with torch.no_grad():
-        assert gelu(hidden) is hidden and torch.equal(hidden, expected)
-    assert isinstance(tiny(act_layer=torch.nn.ReLU).blocks[0].mlp.act, torch.nn.ReLU)
-
-
 def test_reset_classifier_and_features():
     model = tiny()
     model.reset_classifier(3)
@@ -302,11 +292,11 @@ def counts_of(model, size):
 def test_token_counts(options):
     model, images = tiny(patch_size=8, **options), torch.randn(2, 3, 64, 64)
     for rate in (None, 1, 0.99, 0.983, 0.7, 0.31, [1, .5, .5, *8 * [1.], .3]):
-        tokens = model.token_counts(rate)
+        tokens = model.kept_counts(rate)
         logits, kept = model(images, rate, get_idx=True)
         assert [k for k in tokens if k is not None] == [idx.shape[1] for idx in kept]
-        assert torch.equal(model(images, tokens=tokens), logits)
-    assert model.token_counts(1) == 12 * (None,)
+        assert torch.equal(model(images, kept_counts=tokens), logits)
+    assert model.kept_counts(1) == 12 * (None,)
 
 
 # --- Compiled -------------------------------------------------------------------------------------------------------
@@ -330,7 +320,7 @@ def test_graphs_while_the_keep_rate_falls(compiled_graphs):
     compiled, seen = CompiledModel(model, images.device).train(), set()
     for step in range(50):
         rate = keep_rate_at(step, 1, 3, 40, 0.7)
-        seen.add(model.token_counts(rate))
+        seen.add(model.kept_counts(rate))
         model.zero_grad()
         logits = compiled(images, keep_rate=rate)
         logits.square().sum().backward()
@@ -360,7 +350,7 @@ def test_graphs_of_blocks_that_begin_to_drop_one_after_another(compiled_graphs):
     model = tiny(patch_size=4, embed_dim=12, depth=7, drop_loc=tuple(range(1, 7)))
     compiled, images = CompiledModel(model, torch.device('cpu')), torch.randn(2, 3, 64, 64)
     starts = [(255 - i) / (256 - i) - 1e-9 for i in range(6)]              # each makes one more block drop tokens
-    assert [sum(k is not None for k in model.token_counts(rate)) for rate in starts] == list(range(1, 7))
+    assert [sum(k is not None for k in model.kept_counts(rate)) for rate in starts] == list(range(1, 7))
     for rate in (1., *starts, 0.9, 0.8, 0.7):
         compiled(images, keep_rate=rate).sum().backward()
     with torch.no_grad():

@@ -61,7 +61,8 @@ def test_report_of_gpu_tests_with_failures(tmp_path):
 
 
 def test_flags_of_readme_and_docs():
-    from run_with_submitit import get_args_parser                         # flags of main.py and some more
+    from run_with_submitit import \
+        get_args_parser  # flags of main.py and some more
     known = set(get_args_parser()._option_string_actions)
     files = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *ROOT.glob('*.sh')]
     text = '\n'.join(path.read_text() for path in files)

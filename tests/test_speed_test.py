@@ -8,12 +8,11 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from measuring import benchmark
 import speed_test
-from measuring import throughput_plot
+from evit.plain import PlainEViT
+from measuring import benchmark, plots
 from measuring.benchmark import Protocol, Throughput, macs
 from models_evit import EViT
-from evit.plain import PlainEViT
 from speed_test import (EVIT_SMALL, FIGURE_4, Candidate, add_ratios, build_candidate, compare, format_table, parse_args,
                         planned_rows, prepare, published_accuracy)
 
@@ -55,12 +54,12 @@ def stand_ins(monkeypatch):
 
 def test_built_candidates():
     model = build_candidate(Candidate(TINY, 0.4, 48), True)
-    assert model.base_keep_rate == 0.4 and model.blocks[3].fuse_token and not model.training
+    assert model.token_settings.base_keep_rate == 0.4 and model.token_settings.way == 'fuse' and not model.training
     assert model.patch_embed.img_size == (48, 48)
     default = build_candidate(Candidate(TINY, None, 48), False)
-    assert default.base_keep_rate == 0.7 and not default.blocks[3].fuse_token
+    assert default.token_settings.base_keep_rate == 0.7 and default.token_settings.way == 'drop'
     merging = build_candidate(Candidate(TINY, 0.4, 48, 'merge'), True)
-    assert merging.blocks[3].merge_token and not merging.blocks[3].fuse_token
+    assert merging.blocks[3].token_settings.way == 'merge'
     build_candidate(Candidate('test_resnet', None, 48), True)                          # has no image size
 
 
@@ -134,7 +133,7 @@ def test_measured_evit(plain, monkeypatch):
     model, = models
     assert type(model) is (PlainEViT if plain else EViT) and not any(module.training for module in model.modules())
     evit = model.model if plain else model
-    assert evit.base_keep_rate == 0.5 and evit.blocks[3].fuse_token and evit.patch_embed.img_size == (32, 32)
+    assert evit.token_settings.base_keep_rate == 0.5 and evit.token_settings.way == 'fuse' and evit.patch_embed.img_size == (32, 32)
 
 
 def test_runtimes():
@@ -229,11 +228,11 @@ def test_plotted_points(monkeypatch, tmp_path):
         return {'model': model, 'top1': top1, 'speed': Throughput((rate,), protocol())}
 
     drawn = []
-    monkeypatch.setattr('measuring.throughput_plot.label_points', lambda axes, labels: drawn.append((axes, labels)))
+    monkeypatch.setattr('measuring.plots.label_points', lambda axes, labels: drawn.append((axes, labels)))
     rows = [row(f'{EVIT_SMALL}@0.8', 20., 79.8), row(f'{EVIT_SMALL}@0.7', 30., 79.5), row('resnet18', 50., None),
             row('deit_base_patch16_224', 10., 81.98), row('plain@0.7, float32', 29., 79.5),
             {'model': 'deit_tiny_patch16_224', 'top1': 72.19, 'failure': 'RuntimeError'}]
-    speed_test.plot(tmp_path / 'a.png', rows, 'title')
+    speed_test.plot_throughput(tmp_path / 'a.png', rows, 'title')
     (axes, labels), = drawn
     assert labels == [('0.7', 30., 79.5), ('0.8', 20., 79.8), ('deit_base', 10., 81.98)]
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[30., 79.5], [20., 79.8]], [[10., 81.98]]]
@@ -251,7 +250,7 @@ def test_labels_of_crowded_points():
               ('pvt_v2_b2', 8.5, 82.), ('tnt_s', 9., 81.5)]
     axes.plot([x for _, x, _ in points], [y for _, _, y in points], 's')
     axes.set(xscale='log', xlim=(3, 30), ylim=(77, 84))
-    throughput_plot.label_points(axes, points)
+    plots.label_points(axes, points)
     assert [(text.get_text(), *text.xy) for text in axes.texts] == points
     boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
@@ -281,6 +280,13 @@ def test_command_line(tmp_path, capsys):
     assert all(float(row['min']) <= float(row['median']) <= float(row['max']) for row in rows)
     with Image.open(picture) as opened:
         assert opened.format == 'PNG'
+
+
+def test_head_that_starts_at_zero():
+    """Each runtime shows whether it works."""
+    model = speed_test.build_candidate(speed_test.Candidate('resmlp_12_224', input_size=32), fuse_token=False)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 32, 32)).any()
 
 
 @pytest.mark.parametrize('factor, status', [(1., 0), (torch.nan, 1)])

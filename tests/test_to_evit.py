@@ -13,6 +13,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 
 from conftest import ROOT
+from evit.settings import TokenSettings
 from evit_definition import definition
 from models_evit import EViT, from_evit, obstacle, to_evit
 
@@ -39,9 +40,14 @@ KINDS = {
     'rope mixed': ('vit_small_patch16_rope_mixed_224', {}),
     'map': ('vit_pe_core_tiny_patch16_384', dict(attn_pool_num_heads=2)),
     'lvvit': ('lvvit_s', {}),
+    'without class token': ('vit_base_patch16_siglip_gap_224', {}),
+    'map without class token': ('vit_base_patch16_siglip_224', dict(global_pool='map')),
+    'registers alone': ('vit_medium_patch16_reg4_gap_256', {}),
+    'eva without class token': ('vit_small_patch16_rope_224', dict(class_token=False, global_pool='avg')),
     'grouped queries': ('vit_base_patch16_sapiens2', dict(num_heads=4, num_kv_heads=2)),
 }
 KINDS = {kind: (name, options) for kind, (name, options) in KINDS.items() if timm.is_model(name)}
+CLASSLESS = {'without class token', 'map without class token', 'registers alone', 'eva without class token'} & KINDS.keys()
 kinds = pytest.mark.parametrize('kind', KINDS)
 
 
@@ -60,8 +66,8 @@ def build(kind):
 
 # --- Against the definition -----------------------------------------------------------------------------------------
 
-@kinds
-@pytest.mark.parametrize('way', ['drop', 'fuse', 'merge'])
+@pytest.mark.parametrize('kind, way', [(kind, way) for kind in KINDS for way in ('drop', 'fuse', 'merge')
+                                       if way == 'merge' or kind not in CLASSLESS])
 def test_model_against_the_definition(kind, way):
     """Logits, kept tokens, maps and gradients, in float64."""
     model, images = build(kind)
@@ -97,35 +103,42 @@ def trace(kept, num_patches):
 
 @kinds
 def test_rate_1_and_back(kind):
-    """Bit for bit timm's model, its map included; so is the model that `from_evit` gives back."""
+    """Bit for bit timm's model, its map included; so is the model that `from_evit` gives back.
+
+    The logits are to rounding, where the last block computes what the head reads; bit for bit if that block is hooked.
+    """
     model, images = build(kind)
-    evit = copy.deepcopy(model)
-    assert to_evit(evit, 0.7, fuse_token=True) is evit
+    evit, way = copy.deepcopy(model), dict(merge_token=True) if kind in CLASSLESS else dict(fuse_token=True)
+    assert to_evit(evit, 0.7, **way) is evit
     assert evit.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in evit.state_dict().items())
     assert evit.no_weight_decay() == model.no_weight_decay() and evit.pretrained_cfg == model.pretrained_cfg
     with torch.no_grad():
         expected = model(images)
+        torch.testing.assert_close(evit(images, keep_rate=1), expected)
+        hook = evit.blocks[-1].mlp.register_forward_hook(lambda *_: None)
         assert torch.equal(evit(images, keep_rate=1), expected)
         assert not torch.allclose(evit(images), expected, atol=1e-3)
         to_evit(evit, 1)
         assert torch.equal(evit.forward_features(images), model.forward_features(images))
-        options = dict(norm=True, return_prefix_tokens=True)
+        options = dict(norm=True, return_prefix_tokens=model.num_prefix_tokens > 0)
         for ours, theirs in zip(evit.forward_intermediates(images, **options)[1],
                                 model.forward_intermediates(images, **options)[1], strict=True):
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
         assert torch.equal(to_evit(evit, 0.7, merge_token=True)(images, keep_rate=1), expected)
+        hook.remove()
         to_evit(evit, 0.5, (0,))
         num_patches = model.patch_embed.num_patches
         for twin in (copy.deepcopy(evit), pickle.loads(pickle.dumps(evit))):
-            assert torch.equal(twin(images), evit(images)) and twin.token_counts() == (num_patches // 2, None, None)
+            assert torch.equal(twin(images), evit(images)) and twin.kept_counts() == (num_patches // 2, None, None)
         assert from_evit(evit) is evit and torch.equal(evit(images), expected)
     pairs = zip(evit.named_modules(), model.named_modules(), strict=True)
     assert all(type(ours) is type(theirs) and vars(ours).keys() == vars(theirs).keys()
                for (_, ours), (_, theirs) in pairs)
 
 
-@pytest.mark.parametrize('kind, merge', [*((kind, False) for kind in KINDS), ('average', True), ('rope mixed', True)])
+@pytest.mark.parametrize('kind, merge', [*((kind, kind in CLASSLESS) for kind in KINDS), ('average', True),
+                                         ('rope mixed', True)])
 @pytest.mark.parametrize('compiled_graphs', ['captured'], indirect=True)
 def test_one_graph(kind, merge, compiled_graphs):
     model, images = build(kind)
@@ -138,7 +151,8 @@ def test_one_graph(kind, merge, compiled_graphs):
     assert len(compiled_graphs) == 1
 
 
-@pytest.mark.parametrize('kind, merge', [*((kind, False) for kind in KINDS), ('average', True), ('rope mixed', True)])
+@pytest.mark.parametrize('kind, merge', [*((kind, kind in CLASSLESS) for kind in KINDS), ('average', True),
+                                         ('rope mixed', True)])
 def test_training_step_with_gradient_checkpointing(kind, merge):
     """The same weights after the step as without, and a lower loss."""
     weights = []
@@ -177,11 +191,11 @@ def test_export_with_any_batch_size(kind):
 @kinds
 def test_classifier_and_input_size(kind):
     model, _ = build(kind)
-    model = to_evit(model, 0.7, (0, 2))
+    model = to_evit(model, 0.7, (0, 2), merge_token=kind in CLASSLESS)
     model.reset_classifier(7)
     model.set_input_size((48, 32))
     assert model(torch.zeros(2, 3, 48, 32)).shape == (2, 7)
-    assert model.token_counts()[1] is None and len(model(torch.zeros(2, 3, 48, 32), get_idx=True)[1]) == 2
+    assert model.kept_counts()[1] is None and len(model(torch.zeros(2, 3, 48, 32), get_idx=True)[1]) == 2
 
 
 # --- Position embeddings --------------------------------------------------------------------------------------------
@@ -213,8 +227,10 @@ def test_position_embedding_of_another_size(name, antialias):
 
 MODULES = ['vision_transformer', 'vision_transformer_hybrid', 'deit', 'eva', 'beit', 'vision_transformer_sam',
            'vision_transformer_relpos', 'naflexvit']
+CLASSLESS_NAMES = '_gap_|siglip|aimv2|test_vit[23]|pe_(core|lang|spatial)_gigantic'
 REFUSED = {                                            # the reason, and the names that it concerns
-    'no class token': '_gap_|siglip|aimv2|test_vit[23]|^vit_.*patch16_rpn_|pe_(core|lang|spatial)_gigantic',
+    'ResPostBlock': '^vit_.*patch16_rpn_',
+    'Diff|Parallel': '^vit_(dlittle|dpwee|dwee|pwee)_',
     'relative position bias': '^beit(v2)?_|relpos|^samvit',
     'several sizes': '^naflexvit'}
 
@@ -231,19 +247,23 @@ def test_pretrained_models_of_timm():
             model = timm.create_model(name, **blocks)
         expected = [reason for reason, names in REFUSED.items() if re.search(names, name)]
         if not expected:
-            assert type(to_evit(model)).__name__.startswith('EViT'), name
+            classless = bool(re.search(CLASSLESS_NAMES, name))
+            if classless:
+                with pytest.raises(ValueError, match='no class token'):
+                    to_evit(model)
+            assert type(to_evit(model, merge_token=classless)).__name__.startswith('EViT'), name
             served += tags[name]
         else:
             with pytest.raises(ValueError, match=expected[-1]):
                 to_evit(model)
     if timm.__version__ == '1.0.31':
-        table = (ROOT / 'README.md').read_text().partition('294 pretrained tags')[2].partition('\n\n')[0]
-        assert served == 294 == sum(int(tags) for tags in re.findall(r'\| (\d+) \|', table))
+        table = (ROOT / 'README.md').read_text().partition('423 pretrained tags')[2].partition('\n\n')[0]
+        assert served == 423 == sum(int(tags) for tags in re.findall(r'\| (\d+) \|', table))
 
 
 @pytest.mark.parametrize('model, reason', [
     (dict(attn_layer='diff'), 'DiffAttention'), (dict(block_fn=ParallelScalingBlock), 'ParallelScalingBlock'),
-    (dict(class_token=False, global_pool='avg'), 'no class token'), ('resnet18', 'no VisionTransformer or Eva'),
+    ('resnet18', 'no VisionTransformer or Eva'),
     ('xcit_nano_12_p16_224', 'no VisionTransformer or Eva')], ids=str)
 def test_refused(model, reason):
     with torch.device('meta'):
@@ -265,7 +285,7 @@ def test_gated_attention_refused():
 @pytest.mark.parametrize('depth, drop_loc', [(12, (3, 6, 9)), (16, (4, 8, 12)), (24, (6, 12, 18)), (3, (0, 1, 2)),
                                              (1, (0,))])
 def test_blocks_by_default(depth, drop_loc):
-    assert to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=depth)).drop_loc == drop_loc
+    assert to_evit(VisionTransformer(embed_dim=12, num_heads=2, depth=depth)).token_settings.blocks(depth) == drop_loc
 
 
 @pytest.mark.parametrize('way', ['drop', 'fuse', 'merge'])
@@ -277,10 +297,10 @@ def test_uniform_schedule(way):
         logits, kept = model(images, get_idx=True)
         rate = model.block_keep_rates(0.7)[0]
         assert len(kept) == 8 and torch.equal(model(images, keep_rate=8 * [rate]), logits)
-    uniform = sum(model.token_counts())
+    uniform = sum(model.kept_counts())
     stages = sum([256, 256, 180, 180, 126, 126, 89, 89])                # ceil(0.7 · 256), and so on
     assert uniform == pytest.approx(stages, rel=0.03 if way == 'fuse' else 0.01)
-    assert model.token_counts(1) == 8 * (None,)
+    assert model.kept_counts(1) == 8 * (None,)
 
 
 @pytest.mark.parametrize('way', ['drop', 'fuse', 'merge'])
@@ -296,15 +316,15 @@ def test_token_counts(way):
         logits, kept = model(images, get_idx=True)
         assert left == [54, 54, 53, 40, 40, 8]
         k = None, None, 48 - fused, 35 - fused, None, 3 - fused
-        assert [idx.shape[1] for idx in kept] == [count for count in k if count] and model.token_counts() == k
-        assert torch.equal(model(images, tokens=k), logits)
+        assert [idx.shape[1] for idx in kept] == [count for count in k if count] and model.kept_counts() == k
+        assert torch.equal(model(images, kept_counts=k), logits)
         del left[:]
         model(images, keep_rate=1)                     # the rate of one call has the last word, as ever
         assert left == 6 * [54]
     for counts, message in (((54,) * 5, 'each of 6 blocks, not 5'), ((54,) * 5 + (5 + fused,), 'too few')):
         with pytest.raises(ValueError, match=f'token_counts.*{message}'):
             to_evit(model, fuse_token=way == 'fuse', token_counts=counts)
-    assert model.token_counts() == k
+    assert model.kept_counts() == k
 
 
 def test_from_evit_of_another_model():
@@ -315,9 +335,9 @@ def test_from_evit_of_another_model():
 
 def test_token_counts_of_a_new_model():
     built = EViT(token_counts=(17, 9), img_size=32, patch_size=8, embed_dim=12, num_heads=2, depth=2)
-    assert built.token_counts() == (None, 8) and built.drop_loc == (1,)
+    assert built.kept_counts() == (None, 8) and built.token_settings.token_counts == (17, 9)
     built.set_input_size((64, 64))                     # of 64 patches, half
-    assert built.token_counts() == (None, 32)
+    assert built.kept_counts() == (None, 32)
 
 
 def test_settings_of_an_evit():
@@ -325,6 +345,15 @@ def test_settings_of_an_evit():
     for arguments in ((0,), (1.1,), (0.5, (4,)), (0.5, (-1,)), (0.5, (1,), True, True)):
         with pytest.raises(ValueError, match='keep rate|drop_loc|either fused .* or merged'):
             to_evit(model, *arguments)
-        assert type(model) is EViT and (model.base_keep_rate, model.drop_loc, model.fuse_token) == (0.7, (1,), True)
-        assert model.token_counts() == (None, 138, None, None)
-    assert to_evit(model, 0.5, iter([2, 3])).token_counts() == (None, None, 98, 49) and not model.fuse_token
+        assert type(model) is EViT and model.token_settings == TokenSettings(0.7, (1,), 'fuse')
+        assert model.kept_counts() == (None, 138, None, None)
+    # Settings that are not named stay; the fused token counts
+    assert to_evit(model, 0.5, iter([2, 3])).kept_counts() == (None, None, 98, 50)
+    assert to_evit(model, fuse_token=False).token_settings == TokenSettings(0.5, (2, 3), 'drop')
+    counts = 197, 197, 99, 99
+    assert to_evit(model, token_counts=counts, way='merge').token_settings == TokenSettings(0.5, (2, 3), 'merge',
+                                                                                           token_counts=counts)
+    assert model.kept_counts() == (None, None, 98, None)
+    assert to_evit(model, 0.6, drop_loc=[1]).token_settings == TokenSettings(0.6, (1,), 'merge')
+    with pytest.raises(ValueError, match="there is no way 'burn', but drop, fuse, merge"):
+        to_evit(model, way='burn')

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 
 import export
 import main
+from conftest import reference, reference_images, reference_weights
+from evit.lvvit import LVViT
+from evit_definition import one_image
+from formats.token_labels import Targets
+from losses import TokenLabelingLoss
 from measuring.benchmark import macs
+from models_evit import from_evit, to_evit
+from outputs import assert_same, checkpoint, log_lines
 from runtime.checkpoint import load_checkpoint, load_finetune, load_weights
 from runtime.compiled_model import CompiledModel
-from conftest import reference, reference_images, reference_weights
-from evit_definition import one_image
-from losses import TokenLabelingLoss
-from evit.lvvit import LVViT
-from models_evit import WAYS, from_evit, to_evit
-from outputs import assert_same, checkpoint, log_lines
-from formats.token_labels import Targets
 from runtime.utils import InputError
 
 REFERENCE = reference('lvvit.json')
@@ -71,7 +71,7 @@ def test_computation(drop_loc, rate, expected):
         tokens = math.ceil(rate * tokens - 1e-9) + 1
     assert gmacs - tokens * 384 * 1000 / 1e9 == pytest.approx(expected, rel=5e-3)
     if drop_loc is None:
-        assert model.drop_loc == (4, 8, 12) and round(gmacs, 1) == {0.7: 4.7, 0.5: 3.9}[rate]
+        assert model.token_settings.drop_loc == (4, 8, 12) and round(gmacs, 1) == {0.7: 4.7, 0.5: 3.9}[rate]
 
 
 @pytest.mark.parametrize('size, parameters, factor', [('t', 8_533_000, 1), ('s', 26_151_824, 2), ('m', 55_832_000, 2)])
@@ -79,8 +79,8 @@ def test_sizes(size, parameters, factor):
     """Those of TokenLabeling's table, 8.53 M and 55.83 M; the residual branches are divided in the larger ones."""
     model = timm.create_model(f'lvvit_{size}_shrink_base')
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=2e-3)
-    assert (getattr(model.blocks[0].ls1, 'factor', 1), model.base_keep_rate) == (1 / factor, 0.7)
-    preprocessing = main.input_of(main.parse_args(['--model', f'lvvit_{size}']))[1]
+    assert (getattr(model.blocks[0].ls1, 'factor', 1), model.token_settings.base_keep_rate) == (1 / factor, 0.7)
+    preprocessing = main.input_of(f'lvvit_{size}', pretrained=False)[1]
     assert preprocessing.crop_pct == (1. if size == 'm' else 0.9)
 
 
@@ -147,7 +147,7 @@ def naive_loss(model, images, mixed, targets, dense_weight, rate, drop_loc, way)
     return sum(image_losses) / len(image_losses) + dense_weight * sum(token_losses) / len(token_losses)
 
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', ['drop', 'fuse', 'merge'])
 def test_loss_against_a_naive_loop(way):
     """MixToken, reorganisation twice, labels of the tokens that remain: the loss and all gradients, in float64."""
     model = small_model().double()
@@ -158,7 +158,7 @@ def test_loss_against_a_naive_loop(way):
     targets = Targets(torch.rand(4, 5, dtype=torch.float64).softmax(1), torch.rand(4, 16, 5, dtype=torch.float64))
     expected = naive_loss(from_evit(model), images, mixed, targets, 0.3, 0.6, (0, 1), way)
     expected_gradients = torch.autograd.grad(expected, [*model.parameters()])
-    to_evit(model, 0.6, (0, 1), **WAYS[way])
+    to_evit(model, 0.6, (0, 1), way=way)
     outputs = model(images, mixed=mixed)
     loss = TokenLabelingLoss(0.3)(images, outputs, targets)
     torch.testing.assert_close(loss, expected)

@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import normalize
 
-import models_evit  # noqa: F401, registers the models
+import models_evit                                     # noqa: F401, registers the models
 from conftest import ROOT
 from evit import pictures as module
 from evit.observation import compose_positions, kept_patches, observe
@@ -269,12 +269,12 @@ def test_files(tmp_path, patch_size):
     save_masked(model, images, [5, 0], output_dir, mean=mean, std=std)
 
     assert {path.name for path in output_dir.iterdir()} == {
-        f'img_{i}_{kind}.jpg' for i in (0, 5) for kind in ('a', 'l0', 'l1', 'l2')}
+        f'img_{i}_{kind}.jpg' for i in (0, 5) for kind in ('a', 'block3', 'block6', 'block9')}
     masks = kept_patches(model, images).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
     for b, i in enumerate((5, 0)):
         assert (read(output_dir / f'img_{i}_a.jpg') - pixels[b]).abs().mean() < 0.02
         for stage in range(3):
-            picture = read(output_dir / f'img_{i}_l{stage}.jpg')
+            picture = read(output_dir / f'img_{i}_block{3 * stage + 3}.jpg')
             mask = masks[b, stage].expand(3, -1, -1)
             assert (picture - pixels[b])[mask].abs().mean() < 0.02
             assert picture[~mask].mean() < 0.01
@@ -302,7 +302,7 @@ def test_files_at_rate_1(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 * 4
     for i in range(2):
         for stage in range(3):
-            assert (tmp_path / f'img_{i}_l{stage}.jpg').read_bytes() == (tmp_path / f'img_{i}_a.jpg').read_bytes()
+            assert (tmp_path / f'img_{i}_block{3 * stage + 3}.jpg').read_bytes() == (tmp_path / f'img_{i}_a.jpg').read_bytes()
 
 
 def test_wrong_number_of_indices(tmp_path):
@@ -355,7 +355,7 @@ def drawn(monkeypatch, *arguments):
     (18, 4, (40, 10), (80, 20), 4), (7, 13, (224, 224), (124, 124), 1), (70, 1, (90, 90), (89, 89), 16),
     (9, 1, (224, 224), (224, 224), 3)])
 def test_layout_of_a_sheet(number, columns, size, picture, across, monkeypatch):
-    headers = ['input image', *(f'layer {i + 1}' for i in range(columns - 1))]
+    headers = ['input image', *(f'block {i}' for i in range(columns - 1))]
     colors = torch.arange(1, number * columns + 1).view(number, columns)
     rows = [torch.stack([color % 256, color // 256, torch.full_like(color, 77)], dim=1).byte().view(columns, 3, 1, 1)
             .expand(-1, -1, *size) for color in colors]
@@ -433,7 +433,7 @@ def test_content_of_sheets(name, kwargs, size, grid, monkeypatch):
     pictures = (mask_images(images, seen.kept, patch_size, mean, std),
                 attention_images(images, seen.attention, patch_size, mean, std))
     for stages, (rows, headers, captions) in zip(pictures, sheets):
-        assert headers == ['input image', 'layer 3', 'layer 6']
+        assert headers == ['input image', 'block 2', 'block 5']
         assert captions == [(f'true: {true}', f'predicted: {"abc"[guess]}')
                             for true, guess in zip('cab', seen.logits.argmax(1))]
         for b in range(3):
@@ -468,7 +468,7 @@ def test_patches_that_became_one_token(name, kwargs, size, grid):
     """Against sets of patches, joined one by one; a merged patch has the mean colour of its group."""
     model, images = create(name, merge_token=True, **kwargs), random_images(size)
     stages = []
-    for block in (model.blocks[i] for i in model.drop_loc):
+    for block in (model.blocks[i] for i in model.token_settings.drop_loc):
         block.register_forward_hook(lambda block, args, output: stages.append(output[1]))
     seen = observe(model, images, 0.6)
     pictures = merge_images(images, seen.groups, model.patch_embed.patch_size)
@@ -477,8 +477,8 @@ def test_patches_that_became_one_token(name, kwargs, size, grid):
     for b in range(len(images)):
         tokens = [{patch} for patch in range(num_patches)]
         for i, stage in enumerate(stages):
-            joined = [set(tokens[position]) for position in stage.kept[b].tolist()]
-            for position, target in zip(stage.others[b].tolist(), stage.nearest[b].tolist(), strict=True):
+            joined = [set(tokens[position]) for position in stage.idx[b].tolist()]
+            for position, target in zip(stage.other_idx[b].tolist(), stage.nearest[b].tolist(), strict=True):
                 joined[target] |= tokens[position]
             tokens = joined
             groups = seen.groups[b, i].flatten().tolist()
@@ -497,5 +497,5 @@ def test_patches_that_became_one_token(name, kwargs, size, grid):
 def test_sheets_of_merged_tokens():
     model, images = create(merge_token=True), random_images()
     grid = draw_sheets(model, [(images, torch.zeros(3, dtype=torch.long))], ['a'] * 1000)[0]
-    dropped = draw_sheets(models_evit.to_evit(model), [(images, torch.zeros(3, dtype=torch.long))], ['a'] * 1000)[0]
+    dropped = draw_sheets(models_evit.to_evit(model, way='drop'), [(images, torch.zeros(3, dtype=torch.long))], ['a'] * 1000)[0]
     assert (np.asarray(dropped) == 0).all(-1).sum() > (np.asarray(grid) == 0).all(-1).sum()

@@ -7,11 +7,11 @@ import torch
 from torch.utils.data import Subset
 
 from datasets import build_dataset, build_loader
-from runtime.distributed import init_process_group, leave_process_group, rank, world_size
 from engine import evaluate
 from runs import Forked
-from samplers import EvalSampler
+from runtime.distributed import init_process_group, leave_process_group, rank, world_size
 from runtime.utils import seed_all
+from samplers import EvalSampler
 
 SIZES = 1, 2, 3, 5, 97, 101, 360
 BATCH = 8                                              # gives last batches of various sizes

@@ -9,9 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from runtime.checkpoint import load_checkpoint, write_checkpoint
 from outputs import assert_same, result
 from runs import Run, at_file_operation, fork
+from runtime.checkpoint import load_checkpoint, write_checkpoint
 from runtime.utils import InputError
 
 MIB = 2 ** 20
@@ -80,7 +80,7 @@ def test_full_disk(disk, undisturbed, table):
         assert (disk / 'checkpoint.pth').exists() == (size > 1)
         (disk / 'filler').unlink(missing_ok=True)
     with Run(disk, *often, processes=2) as run:        # an image for TensorBoard precedes the next checkpoint
-        run.wait_for_line('Epoch: [1] [10/10]')
+        run.wait_for_line('Epoch: [1/2] [10/10]')
         fill(disk)
         ends_for_lack_of_space(run, disk)
     (disk / 'filler').unlink()
@@ -165,7 +165,7 @@ def test_damaged_checkpoint(damage, places, killed_before_its_last_save, undistu
             assert ('the previous one is used' in console) == (place not in HARMLESS), (place, console)
             epochs = [line for line in console.splitlines() if line.startswith('Epoch')]
             first = 19 if place in HARMLESS else 16
-            assert epochs[0].startswith(f'Epoch: [1] [{first}/20]'), (place, console)
+            assert epochs[0].startswith(f'Epoch: [1/2] [{first}/20]'), (place, console)
             assert_same(left, reference, f'{place}: {console}')
     table(len(places), {cut: 'a truncated checkpoint', flip: 'a flipped bit in a checkpoint'}[damage]
           + ': reported; the previous checkpoint is used, and one interval is repeated'

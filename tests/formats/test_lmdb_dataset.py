@@ -3,7 +3,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import struct
 import time
 from pathlib import Path
@@ -17,12 +16,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
-import folder2lmdb
-from databases import DATA, PICTURES, database, legacy, make_tree, pixels, tree, write_lmdb   # noqa: F401 (fixtures)
+from databases import DATA, PICTURES, database, legacy, make_tree, pixels, tree, write_lmdb  # noqa: F401 (fixtures)
 from formats import lmdb_dataset
 from formats.lmdb_dataset import ImageFolderLMDB
 from runtime.utils import InputError
-
 
 # --- Records --------------------------------------------------------------------------------------------------------
 

@@ -8,14 +8,13 @@ import timm
 import torch
 import torch.nn as nn
 import torchprofile
-
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+import models_evit                                     # noqa: F401  registers the EViTs
 from measuring import benchmark
-import models_evit  # noqa: F401  registers the EViTs
-from measuring.benchmark import (Protocol, Throughput, check_real, largest_batch, macs, measured_pass, paired_throughput,
-                       peak_memory, stopwatch, throughput)
+from measuring.benchmark import (Protocol, Throughput, check_real, largest_batch, macs, measured_pass,
+                                 paired_throughput, peak_memory, stopwatch, throughput)
 from runtime.compiled_model import check_compiler
 from runtime.utils import InputError
 
@@ -236,6 +235,19 @@ class Node(torch.autograd.Function):
         ctx.token = set()
         graphs.append(weakref.ref(ctx.token))
         return x.clone()
+
+
+@pytest.mark.parametrize('name, embedding, options', [
+    ('resmlp_12_224', 'stem', {}), (TINY, 'patch_embed', {'weight_init': 'jax'}),
+    ('deit_tiny_distilled_patch16_224', 'patch_embed', {'weight_init': 'jax'})])
+def test_head_that_starts_at_zero(name, embedding, options):
+    """The features show whether the model depends on its input; the head stays zero, for the training that follows."""
+    model = timm.create_model(name, img_size=32, num_classes=5, **options)
+    assert throughput(model, 32, windows=1, **QUICK).median > 0
+    assert not model(torch.randn(1, 3, 32, 32))[0].any()
+    model.get_submodule(embedding).proj.weight.data.zero_()
+    with pytest.raises(ValueError, match='does not depend on the input'):
+        throughput(model, 32, windows=1, **QUICK)
 
 
 def test_graphs_of_the_check_with_gradients():

@@ -3,16 +3,17 @@ import errno
 import os
 import shutil
 import threading
+from functools import partial
 
 import pytest
 import timm
 import torch
 
-from runtime.checkpoint import (CheckpointWriter, DamagedCheckpoint, load_checkpoint, load_finetune, load_run, load_weights,
-                        newest_checkpoint, write_checkpoint)
 from conftest import DEIT_TINY, PLAIN
 from main import build_model, parse_args
 from outputs import assert_same
+from runtime.checkpoint import (CheckpointWriter, DamagedCheckpoint, check_classes, load_checkpoint, load_finetune,
+                                load_run, load_teacher, load_weights, newest_checkpoint, write_checkpoint)
 from runtime.utils import InputError
 
 
@@ -212,3 +213,65 @@ def test_notes_on_another_schedule(digits_run, tmp_path, capsys):
     load_run(str(tmp_path / 'original.pth'), settings, evaluates_only=False)
     out = capsys.readouterr().out
     assert 'trained with lr' not in out and 'trained with epochs' in out
+
+
+class Named:
+    """A data set of which only the names of the classes are known."""
+
+    def __init__(self, *classes, has_class_names=True):
+        self.classes, self.has_class_names = list(classes), has_class_names
+
+
+@pytest.mark.parametrize('classes, differences', [
+    (['c1', 'c2', 'zz'], 'c0 is in the checkpoint only, zz is in the data only;'),
+    (['c0', 'c2', 'c1'], 'class 1 is c1 in the checkpoint, c2 in the data, class 2 is c2 in the checkpoint, c1 in the'),
+    (['c0', 'c1'], 'c2 is in the checkpoint only'), (['c0', 'c1', 'c2', 'c3'], 'c3 is in the data only'),
+    (list('abcdefg'), 'c0 is in the checkpoint only, .*, a is in the data only, and 6 more')], ids=str)
+def test_other_classes_than_the_checkpoint(classes, differences):
+    with pytest.raises(InputError, match='a.pth was trained on other classes.*' + differences) as error:
+        check_classes({'classes': ['c0', 'c1', 'c2']}, Named(*classes), 'a.pth')
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('checkpoint, dataset', [
+    ({'classes': ['a', 'b']}, Named('a', 'b')), ({}, Named('a')), ({'classes': None}, Named('a')),
+    ({'classes': 1000}, Named('a')), ({'classes': {'a': 0}}, Named('b')),                  # of other programs
+    ({'classes': ['a', 'b']}, Named('0', '1', has_class_names=False)),
+    ({'classes': ['0', '1'], 'args': {'use_lmdb': True}}, Named('a', 'b'))], ids=str)
+def test_classes_that_are_the_same_or_unknown(checkpoint, dataset):
+    check_classes(checkpoint, dataset, 'a.pth')
+
+
+def test_head_of_other_classes_is_reported(tmp_path, capsys):
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1, num_classes=2)
+    torch.save({'model': model.state_dict(), 'classes': ['a', 'b']}, tmp_path / 'a.pth')
+    load_finetune(model, str(tmp_path / 'a.pth'), Named('a', 'b'))
+    assert 'other classes' not in capsys.readouterr().out
+    load_finetune(model, str(tmp_path / 'a.pth'), Named('a', 'c'))
+    assert ('the head is taken over, although it was trained on other classes: b is in the checkpoint only'
+            in capsys.readouterr().out)
+    model.reset_classifier(3)                          # whose head is new
+    load_finetune(model, str(tmp_path / 'a.pth'), Named('a', 'c', 'd'))
+    assert 'other classes' not in capsys.readouterr().out
+
+
+def test_teacher_of_other_classes(tmp_path):
+    torch.save({'model': timm.create_model('resnet10t', num_classes=2).state_dict(), 'classes': ['a', 'b']},
+               tmp_path / 'a.pth')
+    load = partial(load_teacher, 'resnet10t', str(tmp_path / 'a.pth'), 2, 32, torch.device('cpu'))
+    load(Named('a', 'b'))
+    with pytest.raises(InputError, match='other classes'):
+        load(Named('b', 'c'))
+
+
+@pytest.mark.parametrize('number, printed', [(37, ''), (36, 'resized pos_embed from 37×37 patches to 36×36 patches')])
+def test_position_embedding_of_the_same_grid(number, printed, tmp_path, capsys):
+    """A format that embeds the prefix tokens, too, has the same grid; that is not resizing."""
+    model = timm.create_model('vit_small_patch14_reg4_dinov2', img_size=14 * number, depth=1, embed_dim=48, num_heads=2)
+    weights = model.state_dict()
+    weights['register_tokens'] = weights.pop('reg_token')
+    weights |= {'pos_embed': torch.randn(1, 1 + 37 ** 2, 48), 'mask_token': torch.zeros(1, 48)}
+    torch.save({'model': weights}, tmp_path / 'a.pth')
+    load_finetune(model, str(tmp_path / 'a.pth'))
+    out = capsys.readouterr().out
+    assert printed in out if printed else 'resized' not in out

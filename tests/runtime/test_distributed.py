@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from runtime import distributed
 from runtime.distributed import (StopSignal, adopt_slurm, check_devices, cores_per_process, init_process_group,
-                         world_size)
+                                 world_size)
 from runtime.utils import InputError
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from runtime.logger import RunLog
 from outputs import log_lines
+from runtime.logger import RunLog
 
 
 @pytest.mark.parametrize('torn', [1, 0])

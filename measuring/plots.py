@@ -1,5 +1,16 @@
-"""Figure 4 of the paper: throughput against accuracy, from the rows of speed_test.py."""
+"""Plots of accuracy against speed."""
+import itertools
 import textwrap
+
+from evit.reorganization import WAYS
+
+
+def headless_pyplot():
+    """matplotlib.pyplot, which needs no screen then."""
+    import matplotlib  # only needed here
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    return pyplot
 
 
 def label_points(axes, labels):
@@ -20,11 +31,9 @@ def label_points(axes, labels):
             side.remove()
 
 
-def plot(path, rows, title):
-    """Draw images/s against published top-1 accuracy, for the rows that have both, as a PNG."""
-    import matplotlib                                  # only needed here
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
+def plot_throughput(path, rows, title):
+    """Figure 4 of the paper, as a PNG: images/s against published accuracy, for the rows of speed_test.py with both."""
+    pyplot = headless_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 7), layout='constrained')
     points = sorted((row['speed'].median, row['top1'], row['model']) for row in rows
                     if 'speed' in row and row['top1'] and not row['model'].startswith('plain'))
@@ -44,5 +53,30 @@ def plot(path, rows, title):
         axes.legend()
     label_points(axes, [(model.partition('@')[2], x, y) for x, y, model in evits]
                  + [(model.partition('_patch')[0].partition('.')[0], x, y) for x, y, model in others])
+    figure.savefig(path, format='png', dpi=120)
+    pyplot.close(figure)
+
+
+def plot_curve(path, points, title):
+    """Draw top-1 accuracy against the ratio of throughput, a line for each way, as a PNG.
+
+    Args:
+        points: the columns of each `Row`, the first at rate 1.
+    """
+    pyplot = headless_pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout='constrained')
+    axes.axhline(points[0]['top1'], color='grey', linewidth=0.8)
+    for way, marker in zip(WAYS, itertools.cycle('ovsD^')):
+        line = [points[0], *(point for point in points if point['way'] == way)]
+        if len(line) > 1:
+            axes.plot([point['ratio'] for point in line], [point['top1'] for point in line], marker + '-', label=way)
+            for point in line[1:]:
+                axes.annotate(f'{point["rate"]:g}', (point['ratio'], point['top1']), (4, 4), fontsize=8,
+                              textcoords='offset points')
+    axes.set(xlabel='images/s over those at keep rate 1', ylabel='top-1 accuracy, %')
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    if len(points) > 1:
+        axes.legend(title='other tokens')
     figure.savefig(path, format='png', dpi=120)
     pyplot.close(figure)
