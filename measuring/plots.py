@@ -58,25 +58,28 @@ def plot_throughput(path, rows, title):
 
 
 def plot_curve(path, points, title):
-    """Draw top-1 accuracy against the ratio of throughput, a line for each way, as a PNG.
+    """Draw top-1 accuracy against GMACs and against the ratio of throughput, a line for each way, as a PNG.
 
     Args:
         points: the columns of each `Row`, the first at rate 1.
     """
     pyplot = headless_pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 5), layout='constrained')
-    axes.axhline(points[0]['top1'], color='grey', linewidth=0.8)
-    for way, marker in zip(WAYS, itertools.cycle('ovsD^')):
-        line = [points[0], *(point for point in points if point['way'] == way)]
-        if len(line) > 1:
-            axes.plot([point['ratio'] for point in line], [point['top1'] for point in line], marker + '-', label=way)
-            for point in line[1:]:
-                axes.annotate(f'{point["rate"]:g}', (point['ratio'], point['top1']), (4, 4), fontsize=8,
-                              textcoords='offset points')
-    axes.set(xlabel='images/s over those at keep rate 1', ylabel='top-1 accuracy, %')
-    axes.set_title(title, fontsize=9)
-    axes.grid(alpha=0.3)
+    figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(11, 5), layout='constrained')
+    for axes, column, label in zip(panels, ('gmacs', 'ratio'), ('GMACs per image', 'images/s over those at keep rate 1')):
+        axes.axhline(points[0]['top1'], color='grey', linewidth=0.8)
+        for way, marker in zip(WAYS, itertools.cycle('ovsD^')):
+            line = [points[0], *(point for point in points if point['way'] == way)]
+            if len(line) > 1:
+                axes.plot([point[column] for point in line], [point['top1'] for point in line], marker + '-', label=way)
+                for point in line[1:]:
+                    axes.annotate(f'{point["rate"]:g}', (point[column], point['top1']), (4, 4), fontsize=8,
+                                  textcoords='offset points')
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].invert_xaxis()                           # faster to the right, as in the other
+    panels[0].set_ylabel('top-1 accuracy, %')
+    figure.suptitle(title, fontsize=9)
     if len(points) > 1:
-        axes.legend(title='other tokens')
-    figure.savefig(path, format='png', dpi=120)
+        panels[0].legend(title='other tokens')
+    figure.savefig(path, format='png', dpi=100)
     pyplot.close(figure)
