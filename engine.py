@@ -29,7 +29,7 @@ def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_ra
 
 def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scaler, amp_dtype, seed, keep_rate=None,
                     erase=None, mixup=None, token_labeling=None, model_ema=None, clip_grad=None, accum_steps=1,
-                    skip_nonfinite=0, print_freq=50, state=None, after_update=None, epochs=None, log_step=None):
+                    skip_nonfinite=0, print_freq=50, state=None, after_update=None, epochs=1, log_step=None):
     """Train for one epoch, or the rest of it, in the mode (train or eval) that the model is in.
 
     Args:
@@ -56,8 +56,8 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         FloatingPointError: a loss is not finite, or a weight after the last step. Without `skip_nonfinite` this is
             noticed only where the loss is logged or saved, so that no step waits for the device.
     """
-    title = f'Epoch: [{epoch}/{epochs}]' if epochs else f'Epoch: [{epoch}]'
-    progress = Progress(title, len(loader), print_freq, device, lockstep=True, state=state, log_step=log_step)
+    progress = Progress(f'Epoch: [{epoch}/{epochs}]', len(loader), print_freq, device, lockstep=True, state=state,
+                        log_step=log_step)
     skips = False                                                          # whether this update is skipped
     for step, (images, labels, *token_labels) in enumerate(progress.batches_of(loader), start=progress.step):
         # For erasing, mixup, MixToken, dropout, drop path. The 1 keeps these keys apart from those of TrainSampler
@@ -75,14 +75,12 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             skips |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
             if not skips:
                 scaler.scale(loss / batches).backward()
-        # Each scalar here, a number or a 0-d tensor, appears on the console, in log.txt and in TensorBoard
+        # A scalar more, a number or a 0-d tensor, appears on the console, in log.txt and in TensorBoard
         scalars = {'lr': optimizer.param_groups[0]['lr'], **rate}
         progress.add_batch(loss.detach(), len(images), counts=not skips, **scalars)
         if is_last:
             if skips:
-                optimizer.zero_grad()
-                for buffer, before in zip(model.buffers(), buffers):
-                    buffer.copy_(before)
+                undo_gradients(model, optimizer, buffers)
                 progress.skip(skip_nonfinite)
             else:
                 update_weights(model, optimizer, scaler, clip_grad, model_ema)
@@ -119,6 +117,13 @@ def update_weights(model, optimizer, scaler, clip_grad, model_ema):
     optimizer.zero_grad()
     if model_ema is not None:
         model_ema.update(model)
+
+
+def undo_gradients(model, optimizer, buffers):
+    """Leave an update out: no gradients, and the buffers, such as running statistics, as they were."""
+    optimizer.zero_grad()
+    for buffer, before in zip(model.buffers(), buffers):
+        buffer.copy_(before)
 
 
 def check_weights(model, title):

@@ -157,7 +157,7 @@ def trees(image_folder, teacher, tmp_path):
     (['--model-kwargs', 'patch_size'], "'patch_size' is not KEY=VALUE"),
     (['--model-kwargs', '=3'], "'=3' is not KEY=VALUE"),
     (['--model-kwargs', 'no_such_argument=3'], 'no_such_argument'),
-    (['--model-kwargs', 'deph=6'], 'deit_tiny_patch16_shrink_base has no argument deph, but depth, act_layer, attn_drop_rate, '),
+    (['--model-kwargs', 'deph=6'], 'shrink_base has no argument deph, but depth, act_layer, attn_drop_rate, '),
     (['--resume', '{root}/empty'], 'empty/checkpoint.pth does not exist'),
     (['--data-path', '{tree}/train'], '/train has no train/ folder; train/<class>/<image> is expected; give {tree}?'),
     (['--model-kwargs', 'embed_dim=100'], "with --model-kwargs {'embed_dim': 100}"),
@@ -172,7 +172,8 @@ def test_wrong_input(flags, named, trees, image_folder, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('CXX', 'no_such_compiler')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    flags, named = [flag.format(root=trees, tree=image_folder) for flag in flags], named.replace('{tree}', str(image_folder))
+    flags = [flag.format(root=trees, tree=image_folder) for flag in flags]
+    named = named.replace('{tree}', str(image_folder))
     monkeypatch.setattr(sys, 'argv', ['main.py', *DEIT_TINY, *UNCHANGED, '--output_dir', 'out', *flags])
     with pytest.raises(SystemExit) as exit_:
         main.run()
@@ -335,8 +336,8 @@ def test_folder_that_holds_a_run(digits_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flags, note', [
-    (['--shrink_start_epoch', '10', '--epochs', '3'], 'reaches 0.7 after 10 + 0 epochs, but the run has 3: the last one '
-                                                      'ends at 1;'),
+    (['--shrink_start_epoch', '10', '--epochs', '3'],
+     'reaches 0.7 after 10 + 0 epochs, but the run has 3: the last one ends at 1;'),
     (['--shrink_start_epoch', '3', '--epochs', '3'], 'the last one ends at 1;'),
     (['--shrink_epochs', '4', '--epochs', '2'], 'the last one ends at 0.85'),
     (['--shrink_epochs', '3', '--epochs', '3'], ''), (['--shrink_start_epoch', '9', '--base_keep_rate', '1'], ''),
