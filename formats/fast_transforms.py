@@ -1,8 +1,8 @@
 """The training transform on arrays, several times as fast as on Pillow's pictures, with the same random draws.
 
-It is for `build_dataset(fast_transforms=True)`. The data set's decoder is `EncodedImage`, so that a file is decoded when
-its crop is known; `on_arrays` turns timm's transform into the steps here. Between the steps an image is an array, uint8
-(H, W, 3). docs/data.md says by how much each step differs from Pillow's.
+It is for `build_dataset(fast_transforms=True)`. The data set's decoder is `EncodedImage`, so that a file is decoded
+when its crop is known; `on_arrays` turns timm's transform into the steps here. Between the steps an image is an array,
+uint8 (H, W, 3). docs/data.md says by how much each step differs from Pillow's.
 """
 import random
 
@@ -130,8 +130,8 @@ class ByPillow:
 
 # --- Colours --------------------------------------------------------------------------------------------------------
 # Each operation has the name and the arguments of timm's: an array, the value that was drawn, further settings. Values
-# are computed as by Pillow, which truncates where it blends. The results of tables are equal to Pillow's, except that the
-# mean for `contrast` may be rounded otherwise; those of `color` and `sharpness` differ by a level here and there.
+# are computed as by Pillow, which truncates where it blends. The results of tables are equal to Pillow's, except that
+# the mean for `contrast` may be rounded otherwise; those of `color` and `sharpness` differ by a level here and there.
 
 LEVELS = np.arange(256)
 
