@@ -29,7 +29,7 @@ def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_ra
 
 def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scaler, amp_dtype, seed, keep_rate=None,
                     erase=None, mixup=None, token_labeling=None, model_ema=None, clip_grad=None, accum_steps=1,
-                    skip_nonfinite=0, print_freq=50, state=None, after_update=None, epochs=None, log_step=None):
+                    skip_nonfinite=0, print_freq=50, state=None, after_update=None, epochs=1, log_step=None):
     """Train for one epoch, or the rest of it, in the mode (train or eval) that the model is in.
 
     Args:
@@ -38,8 +38,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         criterion: (images, outputs, labels) → loss.
         scaler: torch.amp.GradScaler, disabled unless amp_dtype is float16.
         keep_rate: step of the epoch → keep rate for the model; None for a model without one.
-        erase: random erasing, images → images.
-        mixup: (images, labels) → (mixed images, soft labels).
+        erase, mixup: images → images; (images, labels) → (mixed images, soft labels).
         token_labeling: a `TokenLabeling`, for an LV-ViT; None for a criterion of the logits alone.
         model_ema: timm's ModelEmaV3.
         accum_steps: batches whose mean gradient makes one update; the last update of the epoch may have fewer.
@@ -47,17 +46,15 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             waits for its loss. A skipped one leaves no trace in the running statistics of batch norm either.
         state: `Progress.state_dict` of the part of the epoch that is done.
         after_update: called with the Progress after each update but the last.
-        epochs: how many the run has, for the console.
-        log_step: called with the step of the epoch and a dict of figures at each line on the console.
+        epochs, log_step: how many the run has; called with step and figures, a dict, at each line on the console.
     Returns:
         The Progress of the epoch. Its summary has the mean loss and images_per_second over all processes, loader_wait,
         the means of the scalars (lr, keep_rate), and skipped_steps if there were any.
     Raises:
-        FloatingPointError: a loss is not finite, or a weight after the last step. Without `skip_nonfinite` this is
-            noticed only where the loss is logged or saved, so that no step waits for the device.
+        FloatingPointError: a weight after the last step is not finite, or a loss, which without `skip_nonfinite` is
+            noticed only where it is logged or saved, so that no step waits for the device.
     """
-    title = f'Epoch: [{epoch}/{epochs}]' if epochs else f'Epoch: [{epoch}]'
-    progress = Progress(title, len(loader), print_freq, device, lockstep=True, state=state, log_step=log_step)
+    progress = Progress(f'Epoch: [{epoch}/{epochs}]', len(loader), print_freq, device, True, state, log_step)
     skips = False                                                          # whether this update is skipped
     for step, (images, labels, *token_labels) in enumerate(progress.batches_of(loader), start=progress.step):
         # For erasing, mixup, MixToken, dropout, drop path. The 1 keeps these keys apart from those of TrainSampler
@@ -75,14 +72,11 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             skips |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
             if not skips:
                 scaler.scale(loss / batches).backward()
-        # Each scalar here, a number or a 0-d tensor, appears on the console, in log.txt and in TensorBoard
-        scalars = {'lr': optimizer.param_groups[0]['lr'], **rate}
+        scalars = {'lr': optimizer.param_groups[0]['lr'], **rate}          # for console, log.txt and TensorBoard alike
         progress.add_batch(loss.detach(), len(images), counts=not skips, **scalars)
         if is_last:
             if skips:
-                optimizer.zero_grad()
-                for buffer, before in zip(model.buffers(), buffers):
-                    buffer.copy_(before)
+                undo_gradients(model, optimizer, buffers)
                 progress.skip(skip_nonfinite)
             else:
                 update_weights(model, optimizer, scaler, clip_grad, model_ema)
@@ -119,6 +113,13 @@ def update_weights(model, optimizer, scaler, clip_grad, model_ema):
     optimizer.zero_grad()
     if model_ema is not None:
         model_ema.update(model)
+
+
+def undo_gradients(model, optimizer, buffers):
+    """Leave an update out: no gradients, and the buffers, such as running statistics, as they were."""
+    optimizer.zero_grad()
+    for buffer, before in zip(model.buffers(), buffers):
+        buffer.copy_(before)
 
 
 def check_weights(model, title):

@@ -140,8 +140,8 @@ def get_args_parser():
     add('--seed', type=natural, default=0, help='random seed')
     add('--resume', default='', metavar='CHECKPOINT',
         help='file or https address to continue from; auto: the newest of the output folder, if it has one')
-    add('--overwrite', action='store_true', help='begin anew in an output folder that holds a run, whose checkpoints are '
-        'removed')
+    add('--overwrite', action='store_true', help='begin anew in an output folder that holds a run, and remove its '
+        'checkpoints')
     add('--checkpoint-interval', type=positive(int), default=500,
         help='updates between checkpoints; one is saved after each epoch, too')
     add('--skip-nonfinite', type=natural, default=0,
@@ -216,8 +216,8 @@ def wrong_combinations(args):
          '--cutmix-minmax takes the smaller share first'),
         (evaluates_only(args) and not (args.resume or args.pretrained),
          '--eval and --visualize-mask need --resume CHECKPOINT or --pretrained'),
-        (args.overwrite and args.resume, '--overwrite begins anew, --resume goes on with a run; give one of them, for a '
-         'recipe --resume= --overwrite'),
+        (args.overwrite and args.resume, '--overwrite begins anew, --resume goes on with a run; give one of them, '
+         'for a recipe --resume= --overwrite'),
         (args.resume == 'auto' and not args.output_dir, '--resume auto needs the --output-dir of the run'))
 
 
@@ -358,8 +358,8 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
 def log_notes(args, num_steps):
     """Say which flags do not suit the length of the run; an epoch has `num_steps` steps."""
     if args.warmup_epochs >= args.epochs:
-        log(f'note: the warm-up of {args.warmup_epochs} epochs is not shorter than the run of {args.epochs}: the learning '
-            'rate only rises; lower --warmup-epochs')
+        log(f'note: the warm-up of {args.warmup_epochs} epochs is not shorter than the run of {args.epochs}: the '
+            'learning rate only rises; lower --warmup-epochs')
     if args.base_keep_rate is not None and not args.token_counts:
         rate = keep_rate_at(args.epochs * num_steps - 1, num_steps, args.shrink_start_epoch, args.shrink_epochs,
                             args.base_keep_rate)
@@ -370,8 +370,8 @@ def log_notes(args, num_steps):
     covered = 1 / (1 - args.model_ema_decay) if args.model_ema_decay < 1 else math.inf
     updates = args.epochs * math.ceil(num_steps / args.accum_steps)
     if args.model_ema and covered > updates:
-        log(f'note: the moving average covers {covered:,.0f} updates, but the run has {updates:,}: it stays near the first '
-            'weights; lower --model-ema-decay, or give --no-model-ema')
+        log(f'note: the moving average covers {covered:,.0f} updates, but the run has {updates:,}: it stays near the '
+            'first weights; lower --model-ema-decay, or give --no-model-ema')
 
 
 def run(argv=None, parser=None):

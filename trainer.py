@@ -302,8 +302,8 @@ def checkpoints_of(folder):
 def refuse_checkpoints(folder):
     """Raise InputError if a new run would overwrite the checkpoints of another one."""
     if found := checkpoints_of(folder):
-        raise InputError(f'{found[0]} exists: --resume auto goes on with its run, --overwrite begins anew and removes it; '
-                         'or give another --output-dir')
+        raise InputError(f'{found[0]} exists: --resume auto goes on with its run, --overwrite begins anew and removes '
+                         'it; or give another --output-dir')
 
 
 def build_optimizer(args, model):

@@ -89,7 +89,7 @@ def reductions_of(model, gmacs, input_size):
         reductions = [total * (i + 1) // depth - total * i // depth for i in range(depth)]
         if macs(TokenMerging(model, reductions), input_size) <= gmacs:
             return reductions
-    raise ValueError(f'no schedule has {gmacs} GMACs')
+    raise InputError(f'no schedule has {gmacs} GMACs')
 
 
 def main(argv=None):

@@ -157,7 +157,7 @@ class Progress:
 def make_output_folder(path):
     """Create a folder if it is missing → Path; InputError if it cannot be written to."""
     if os.path.lexists(path) and not os.path.isdir(path):
-        raise InputError(f'--output-dir {path} is a file or a broken link; name a folder, which is made if it is missing')
+        raise InputError(f'--output-dir {path} is a file or a broken link; name a folder, which may be missing')
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

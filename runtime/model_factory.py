@@ -85,9 +85,8 @@ def create_from_timm(name, pretrained, options, model_kwargs):
             if "'drop_path_rate'" in str(error) and options.get('drop_path_rate') is not None:
                 log(f'note: {name} takes no --drop-path')
                 options = options | {'drop_path_rate': None}
-            elif (unknown := re.search("unexpected keyword argument '(\\w+)'", str(error))) and unknown[1] in model_kwargs:
-                raise InputError(f'--model-kwargs: {name} has no argument {unknown[1]}{arguments_of(name, unknown[1])}'
-                                 ) from None
+            elif (unknown := re.search("unexpected keyword argument '(\\w+)'|$", str(error))[1]) in model_kwargs:
+                raise InputError(f'--model-kwargs: {name} has no argument {unknown}{arguments_of(name, unknown)}') from None
             elif pretrained:
                 raise InputError(f'--pretrained: the weights of {name}{given} cannot be loaded: {one_line(error)}'
                                  ) from None
@@ -98,7 +97,7 @@ def create_from_timm(name, pretrained, options, model_kwargs):
 
 
 def arguments_of(name, wrong):
-    """', but …': the arguments that a model of timm takes, with that first which a `wrong` one resembles; '' if unknown."""
+    """', but …': the arguments of a model of timm, first the one that a `wrong` one resembles; '' if they are not known."""
     try:
         with torch.device('meta'):                     # without weights
             kinds = type(timm.create_model(name)).__mro__

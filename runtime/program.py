@@ -36,7 +36,7 @@ def start(module):
         interrupted = True
         raise KeyboardInterrupt
 
-    heeds = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN          # which a shell sets for jobs in the background
+    heeds = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN          # as shells set it for background jobs
     for number, stream in ((1, 'stdout'), (2, 'stderr')):
         setattr(sys, stream, open_console(number, getattr(sys, stream)))
     if heeds:

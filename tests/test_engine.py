@@ -118,7 +118,7 @@ def test_keep_rate_of_each_step():
 
 
 def test_non_finite_loss():
-    with pytest.raises(FloatingPointError, match=r'Epoch: \[0\].*loss of step 3 is not finite.*--lr'):
+    with pytest.raises(FloatingPointError, match=r'Epoch: \[0/1\].*loss of step 3 is not finite.*--lr'):
         train_epoch(Logits(3), broken_batches(10, {2, 5}))
 
 
@@ -205,7 +205,7 @@ def test_non_finite_weight():
             return x * torch.sqrt(self.scale - 1)                                      # the gradient at 0 is infinite
 
     loader = DataLoader(TensorDataset(torch.ones(4, 3), torch.zeros(4, dtype=torch.long)), 4)
-    with pytest.raises(FloatingPointError, match=r'Epoch: \[0\].*weights that are not finite.*--lr'):
+    with pytest.raises(FloatingPointError, match=r'Epoch: \[0/1\].*weights that are not finite.*--lr'):
         train_epoch(Overflowing(3), loader)
 
 

@@ -132,7 +132,7 @@ def test_wrong_input(tmp_path, command):
     for arguments, message in [
             ([], '--dir'),
             (['--dir', tmp_path / 'nowhere'], 'nowhere is not a folder'),
-            (['--dir', tmp_path, '--splits', 'train,no'], f'{tmp_path} has no no/ folder; no/<class>/<image> is expected'),
+            (['--dir', tmp_path, '--splits', 'train,no'], f'{tmp_path} has no no/ folder; no/<class>/<image> is exp'),
             (['--dir', tmp_path, '--splits', 'val'], 'val'),
             (['--dir', tmp_path, '--splits', 'test'], 'hollow'),
             (['--dir', tmp_path, '--splits', 'train/'], "--splits: takes names of folders in --dir, .*, not 'train/'"),
@@ -140,7 +140,7 @@ def test_wrong_input(tmp_path, command):
             (['--dir', tmp_path, '--splits', 'train,train'], "--splits: .*not 'train,train'"),
             (['--dir', tmp_path, '--splits', 'full', '--force'], 'full.lmdb is a folder; remove it first'),
             (['--dir', tmp_path, '--workers', '0'], 'argument --workers: must be above 0, not 0'),
-            (['--dir', tmp_path, '--verify', '--splits', 'no'], f'{tmp_path} has no no/ folder and no no.lmdb; no/<class>')]:
+            (['--dir', tmp_path, '--verify', '--splits', 'no'], f'{tmp_path} has no no/ folder and no no.lmdb')]:
         status, out, err = command(*arguments)
         assert status == 2 and not out
         assert re.fullmatch(rf'folder2lmdb.py: error: .*{message}.*\n', err), err

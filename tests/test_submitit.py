@@ -86,7 +86,8 @@ def test_command_of_a_job(submitit, monkeypatch, tmp_path, flags, expected):
 
 
 @pytest.mark.parametrize('error, status', [
-    (Stopped(signal.SIGUSR2), 143), (Stopped(signal.SIGTERM), 143), (Stopped(signal.SIGINT), 130), (InputError('wrong'), 2)])
+    (Stopped(signal.SIGUSR2), 143), (Stopped(signal.SIGTERM), 143), (Stopped(signal.SIGINT), 130),
+    (InputError('wrong'), 2)])
 def test_exit_status_of_a_job(submitit, monkeypatch, error, status):
     def stop(args):
         assert signal.getsignal(signal.SIGUSR2) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -34,7 +34,8 @@ def disk(tmp_path):
 
 def test_full_shared_memory(tmp_path, table):
     """One line that says what to do, whether images or semaphores do not fit."""
-    command = f'{sys.executable} {ROOT}/main.py {shlex.join(FLAGS)} --input-size 96 --epochs 1 --output_dir {tmp_path}/run'
+    flags = shlex.join([*FLAGS, '--input-size', '96', '--epochs', '1', '--output_dir', f'{tmp_path}/run'])
+    command = f'{sys.executable} {ROOT}/main.py {flags}'
     for size, left in (('1m', ''), ('8k', '; head -c 9000 /dev/zero > /dev/shm/full')):
         inside = f'mount -t tmpfs -o size={size} tmpfs /dev/shm{left}; exec {command}'
         done = subprocess.run(['unshare', '--mount', 'sh', '-c', inside], capture_output=True, text=True, timeout=120)

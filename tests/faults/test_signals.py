@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, SIGUSR2, SIGINT: all processes save and exit with 143, or 130. The resumed run equals an undisturbed one."""
+"""SIGTERM, SIGUSR1, SIGUSR2, SIGINT: all processes save and exit with 143 or 130. The resumed run equals another one."""
 import os
 import signal
 import time
@@ -48,8 +48,9 @@ def test_signal_to_any_process(undisturbed, tmp_path, table):
     with Run(tmp_path, processes=2) as run:
         run.ends_well()
     assert_same(result(tmp_path), result(undisturbed(2)))
-    table(len(STOPS), 'SIGTERM, SIGUSR1, SIGUSR2 or SIGINT to one or both of 2 processes, or also to DataLoader workers, '
-                      f'in training and in evaluation: all exit with 143, or 130, within {max(seconds):.1f} s; then resumed')
+    table(len(STOPS), 'SIGTERM, SIGUSR1, SIGUSR2 or SIGINT to one or both of 2 processes, or also to DataLoader '
+                      f'workers, in training and in evaluation: all exit with 143 or 130 within {max(seconds):.1f} s; '
+                      'then resumed')
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])

@@ -62,7 +62,8 @@ def test_old_names_of_timm(capsys):
         except argparse.ArgumentTypeError:             # two weights that timm has no longer
             lost += 1
     assert len(renamed) > 200 and lost <= 2
-    assert 'note: vit_base_patch16_224_in21k is an old name of vit_base_patch16_224.augreg_in21k\n' in capsys.readouterr().out
+    assert 'note: vit_base_patch16_224_in21k is an old name of vit_base_patch16_224.augreg_in21k\n' in (
+        capsys.readouterr().out)
 
 
 def test_models_that_timm_lacks_or_does_not_describe(monkeypatch):

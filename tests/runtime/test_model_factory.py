@@ -188,7 +188,8 @@ def test_old_name_in_a_checkpoint_and_in_each_program(tmp_path, capsys):
 
 def test_weights_without_a_network(tmp_path):
     """One line, not one for each retry."""
-    done = subprocess.run([sys.executable, ROOT / 'main.py', '--model', 'vit_tiny_patch16_224', '--pretrained', '--device', 'cpu'],
+    flags = ['--model', 'vit_tiny_patch16_224', '--pretrained', '--device', 'cpu']
+    done = subprocess.run([sys.executable, ROOT / 'main.py', *flags],
                           env={**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': 'http://127.0.0.1:9',
                                'HF_HOME': str(tmp_path)}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'cannot be loaded' in done.stderr, done.stderr
