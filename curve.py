@@ -20,13 +20,9 @@ from measuring.accuracy_curve import SUMS, Evaluation, format_table, plan_rows, 
 from measuring.knn import Neighbours
 from measuring.plots import plot_curve
 from runtime.arguments import ArgumentParser, HelpFormatter, add_run_arguments, keep_rate, positive, with_dashes
-<<<<<<< HEAD
 from runtime.attention_priority import flash_first
-from runtime.checkpoint import find_checkpoint, load_run, load_weights, read_flags
-=======
 from runtime.checkpoint import (check_classes, find_checkpoint, load_adapted, load_run, load_weights,
                                 read_flags)
->>>>>>> 5c804d9af303c4402cb9eb1c3f0f4fbd0ddefb85
 from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
                                  world_size)
 from runtime.failures import exit_failed
