@@ -5,6 +5,10 @@
 
 The flags of model, data and run are those of main.py.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('curve')
+
 import atexit
 import dataclasses
 import sys
@@ -21,14 +25,13 @@ from measuring.knn import Neighbours
 from measuring.plots import plot_curve
 from runtime.arguments import ArgumentParser, HelpFormatter, add_run_arguments, keep_rate, positive, with_dashes
 from runtime.attention_priority import flash_first
-from runtime.checkpoint import (check_classes, find_checkpoint, load_adapted, load_run, load_weights,
-                                read_flags)
+from runtime.checkpoint import check_classes, find_checkpoint, load_adapted, load_run, load_weights, read_flags
 from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
                                  world_size)
-from runtime.failures import exit_failed
 from runtime.logger import make_output_folder
 from runtime.model_factory import MODEL_FLAGS, add_model_arguments, create_model, fill_model_arguments
 from runtime.preprocessing import input_of
+from runtime.program import run_program
 from runtime.utils import atomic_write, choose_amp_dtype, choose_kernels, seed_all
 from samplers import EvalSampler
 
@@ -160,13 +163,9 @@ def measure(args, device):
 
 
 def run(argv=None):
-    """The program: an expected failure is one line; the exit status is 2 if the input is wrong."""
-    try:
+    """The program, on a command line, by default that of the process."""
+    def program():
         main(parse_args(sys.argv[1:] if argv is None else argv))
         leave_process_group()
-    except Exception as error:
-        exit_failed('curve.py', error)
 
-
-if __name__ == '__main__':
-    run()
+    run_program('curve.py', program)

@@ -1,6 +1,5 @@
 """Data sets, their transforms, and the way from there to normalised batches on the device."""
 import json
-import random
 from functools import partial
 from pathlib import Path
 
@@ -8,19 +7,17 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100
-from torchvision.transforms.v2 import functional as F
 
-from formats.decoding import decode_picture, decode_pixels, load_image
+from formats.decoding import decode_picture, load_image
 from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
 from runtime.arguments import natural, positive
 from runtime.distributed import cores_per_process
 from runtime.preprocessing import Preprocessing
-from runtime.utils import InputError, seed_all
+from runtime.utils import InputError, missing_split, seed_all
 
 DIGITS = 'DIGITS', 'BOARD_DIGITS'
 INAT_CATEGORIES = ['kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name']
@@ -136,7 +133,7 @@ def _read_json(path):
     if not path.is_file():
         raise InputError(f'{path} is missing; iNaturalist needs it beside the images')
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())           # UTF-8, whatever the locale
     except ValueError as error:
         raise InputError(f'{path} is not JSON: {error}') from None
 
@@ -160,7 +157,7 @@ class SeededDataset(Dataset):
 
 
 def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False, nb_classes=None, inat_category='name',
-                  input_size=224, fast_resize=False, augment=None, **augmentation):
+                  input_size=224, fast_transforms=False, augment=None, **augmentation):
     """The training or the validation set; its `classes` are names, its samples (uint8 (3, S, S), label).
 
     Args:
@@ -171,13 +168,16 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
         use_lmdb: read `train.lmdb` or `val.lmdb` instead of a tree of image files.
         nb_classes: number of classes of an LMDB database of the original code, which does not store it.
         inat_category: the rank of iNaturalist's taxonomy that makes a class.
-        input_size, fast_resize, augmentation: as in `build_transform`.
+        input_size, fast_transforms, augmentation: as in `build_transform`.
     Raises:
         InputError: the folder lacks something, or a policy does not exist.
     """
     augment = is_train if augment is None else augment
-    transform = build_transform(augment, data_set, input_size, fast_resize, **augmentation)
-    decode = decode_pixels if augment and fast_resize else decode_picture
+    fast_transforms = fast_transforms and augment
+    transform = build_transform(augment, data_set, input_size, fast_transforms, **augmentation)
+    decode = decode_picture
+    if fast_transforms:
+        from formats.fast_transforms import EncodedImage as decode         # OpenCV, which other runs need not load
     load = partial(load_image, decode=decode)
     if data_set in DIGITS:
         return Digits(is_train, transform, on_board=data_set == 'BOARD_DIGITS')
@@ -194,7 +194,7 @@ def build_dataset(is_train, *, data_set='DIGITS', data_path=None, use_lmdb=False
     if use_lmdb:
         return ImageFolderLMDB(root / f'{split}.lmdb', transform, num_classes=nb_classes, decode=decode)
     if not (root / split).is_dir():
-        raise InputError(f'--data-path {root} has no {split}/ folder; {split}/<class>/<image> is expected')
+        raise missing_split('--data-path', root, split)
     return ImageFolder(root / split, transform, loader=load)
 
 
@@ -216,24 +216,7 @@ def spread(dataset, number):
 
 # --- Transforms -----------------------------------------------------------------------------------------------------
 
-class FastRandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop, with the same random draws, of a picture or its pixels, uint8 (3, H, W) → picture.
-
-    Modifications: torch's uint8 kernels resize instead of Pillow, in less than half the time. Their weights have 16
-    bits, Pillow's 22, so the values of the result may differ by 2.
-    """
-
-    def __call__(self, image):
-        pixels = F.pil_to_tensor(image) if isinstance(image, Image.Image) else image
-        crop = F.crop(pixels, *self.get_params(pixels, self.scale, self.ratio))
-        interpolation = self.interpolation
-        if isinstance(interpolation, (tuple, list)):
-            interpolation = random.choice(interpolation)
-        crop = crop.unsqueeze(0).contiguous(memory_format=torch.channels_last)         # as Pillow stores a picture
-        return F.to_pil_image(F.resize(crop, self.size, interpolation)[0])
-
-
-def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=False, *, color_jitter=0.4,
+def build_transform(is_train, data_set='DIGITS', input_size=224, fast_transforms=False, *, color_jitter=0.4,
                     aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', preprocessing=Preprocessing()):
     """Picture → uint8 (3, S, S), by the DeiT recipe or, for digits, a gentle version of it.
 
@@ -243,7 +226,7 @@ def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=Fal
         is_train: whether to augment.
         data_set: as in `build_dataset`.
         input_size: S, in pixels.
-        fast_resize: `FastRandomResizedCrop` in training.
+        fast_transforms: on arrays in training, see `formats/fast_transforms.py`; not bit for bit Pillow's pixels.
         color_jitter, aa, train_interpolation: as in timm's `create_transform`.
         preprocessing: for evaluation, its resize and crop, except that digits are never cropped.
     """
@@ -263,9 +246,9 @@ def build_transform(is_train, data_set='DIGITS', input_size=224, fast_resize=Fal
         raise InputError(f'--aa {aa} is no policy of timm: {error}') from None
     if unchanged:
         transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
-    elif fast_resize:
-        crop = transform.transforms[0]
-        transform.transforms[0] = FastRandomResizedCrop(input_size, crop.scale, crop.ratio, train_interpolation)
+    if fast_transforms:
+        from formats.fast_transforms import on_arrays
+        return on_arrays(transform)
     return transform
 
 

@@ -29,7 +29,7 @@ def keep_rate_at(step, steps_per_epoch, start_epoch, shrink_epochs, base_keep_ra
 
 def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scaler, amp_dtype, seed, keep_rate=None,
                     erase=None, mixup=None, token_labeling=None, model_ema=None, clip_grad=None, accum_steps=1,
-                    skip_nonfinite=0, print_freq=50, state=None, after_update=None):
+                    skip_nonfinite=0, print_freq=50, state=None, after_update=None, epochs=None, log_step=None):
     """Train for one epoch, or the rest of it, in the mode (train or eval) that the model is in.
 
     Args:
@@ -47,16 +47,19 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             waits for its loss. A skipped one leaves no trace in the running statistics of batch norm either.
         state: `Progress.state_dict` of the part of the epoch that is done.
         after_update: called with the Progress after each update but the last.
+        epochs: how many the run has, for the console.
+        log_step: called with the step of the epoch and a dict of figures at each line on the console.
     Returns:
-        The Progress of the epoch. Its summary has the mean loss and images_per_second over all processes, the last lr
-        and keep_rate, and skipped_steps if there were any.
+        The Progress of the epoch. Its summary has the mean loss and images_per_second over all processes, loader_wait,
+        the means of the scalars (lr, keep_rate), and skipped_steps if there were any.
     Raises:
         FloatingPointError: a loss is not finite, or a weight after the last step. Without `skip_nonfinite` this is
             noticed only where the loss is logged or saved, so that no step waits for the device.
     """
-    progress = Progress(f'Epoch: [{epoch}]', len(loader), print_freq, device, lockstep=True, state=state)
+    title = f'Epoch: [{epoch}/{epochs}]' if epochs else f'Epoch: [{epoch}]'
+    progress = Progress(title, len(loader), print_freq, device, lockstep=True, state=state, log_step=log_step)
     skips = False                                                          # whether this update is skipped
-    for step, (images, labels, *token_labels) in enumerate(loader, start=progress.step):
+    for step, (images, labels, *token_labels) in enumerate(progress.batches_of(loader), start=progress.step):
         # For erasing, mixup, MixToken, dropout, drop path. The 1 keeps these keys apart from those of TrainSampler
         seed_all(seed, epoch, step, 1 + rank())
         images, labels, options = augment(images, labels, token_labels, erase, mixup, token_labeling)
@@ -72,7 +75,9 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             skips |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
             if not skips:
                 scaler.scale(loss / batches).backward()
-        progress.add_batch(loss.detach(), len(images), counts=not skips, lr=optimizer.param_groups[0]['lr'], **rate)
+        # Each scalar here, a number or a 0-d tensor, appears on the console, in log.txt and in TensorBoard
+        scalars = {'lr': optimizer.param_groups[0]['lr'], **rate}
+        progress.add_batch(loss.detach(), len(images), counts=not skips, **scalars)
         if is_last:
             if skips:
                 optimizer.zero_grad()

@@ -5,6 +5,10 @@
 The flags of the model are those of main.py; what is not given is read from the checkpoint. The file is compared with
 the model before it gets its name. docs/export.md shows how to use it.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('export')
+
 import copy
 import json
 import os
@@ -23,9 +27,9 @@ from runtime.arguments import ArgumentParser, HelpFormatter, positive, with_dash
 from runtime.checkpoint import load_checkpoint, load_weights, trained_flags
 from runtime.compiled_model import check_compiler
 from runtime.distributed import cuda_device, parse_device
-from runtime.failures import exit_failed
 from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments
 from runtime.preprocessing import Preprocessing, input_of
+from runtime.program import run_program
 from runtime.utils import InputError, one_line
 
 SUFFIXES = {'onnx': '.onnx', 'pt2': '.pt2', 'aoti': '.pt2'}
@@ -302,8 +306,8 @@ def compare(exportable, run, size, batch_sizes, dtype='float32'):
             + (what if same else f'not always the {what}'))
 
 
-def main(argv):
-    args, checkpoint = parse_args(argv)
+def main(argv=None):
+    args, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
     device = parse_device(args.device)
     if device.type == 'cuda':
         device = cuda_device(device, in_group=False)
@@ -319,8 +323,6 @@ def main(argv):
                         metadata_of(args, preprocessing, checkpoint), args.batch_size, args.dtype))
 
 
-if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except Exception as error:
-        exit_failed('export.py', error)
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('export.py', main, argv)

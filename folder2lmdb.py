@@ -2,7 +2,12 @@
 
     python folder2lmdb.py --dir /path/to/imagenet            # train/ and val/ → train.lmdb and val.lmdb beside them
     python folder2lmdb.py --dir /path/to/imagenet --verify   # decode every image, list those that do not decode
+    python folder2lmdb.py --dir /path/to/imagenet --short-side 256     # training images re-encoded at this size
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('folder2lmdb')
+
 import argparse
 import collections
 import contextlib
@@ -10,7 +15,6 @@ import fcntl
 import os
 import shutil
 import stat
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
@@ -18,9 +22,12 @@ from tqdm import tqdm
 
 from formats.decoding import load_image
 from formats.image_folder import ImageFolder
-from formats.lmdb_dataset import ImageFolderLMDB, empty_record, encode_tables, image_key, open_database
-from runtime.arguments import ArgumentParser, positive
-from runtime.utils import DataError, InputError, atomic_write, one_line
+from formats.lmdb_dataset import (ImageFolderLMDB, empty_record, encode_image, encode_tables, image_key,
+                                  open_database)
+from formats.reencoding import Reencoding
+from runtime.arguments import ArgumentParser, positive, within
+from runtime.program import run_program
+from runtime.utils import DataError, InputError, atomic_write, missing_split, one_line
 
 __all__ = ['ImageFolderLMDB', 'convert', 'verify']     # ImageFolderLMDB: imported from here by older code
 
@@ -32,8 +39,8 @@ MAX_SIZE = 2 ** 30                                     # bytes of an image; Arro
 
 # --- Converting -----------------------------------------------------------------------------------------------------
 
-def convert(folder, path, workers=1):
-    """Write the images of the tree `folder` to the database `path`.
+def convert(folder, path, workers=1, reencoding=None):
+    """Write the images of the tree `folder` to the database `path`, larger ones by a `Reencoding` if it is given.
 
     The file gets its name when it is complete. As with `cp`, the system writes it to the disk later. At most
     16 * (workers + 2) images are in memory.
@@ -44,10 +51,10 @@ def convert(folder, path, workers=1):
     tree = ImageFolder(folder)
     files = [file for file, _ in tree.samples]
     names = [file[len(os.path.join(tree.root, '')):] for file in files]
-    tables = encode_tables(tree.classes, tree.targets, names)
+    tables = encode_tables(tree.classes, tree.targets, names, reencoding)
     with _locked(f'{path}.tmp') as file, atomic_write(path) as temporary:
         with tqdm(total=len(files), unit=' images', desc=os.path.basename(path)) as bar:
-            _write_database(temporary, files, tables, workers, bar)
+            _write_database(temporary, files, tables, workers, bar, reencoding)
         os.close(os.dup(file.fileno()))                # reports what a network file system could not write
     return len(files), len(tree.classes)
 
@@ -66,10 +73,10 @@ def _locked(path):
         yield file
 
 
-def _write_database(path, files, tables, workers, bar):
+def _write_database(path, files, tables, workers, bar, reencoding=None):
     """Write the entries to a new LMDB file: the records of the image `files`, then the `tables`."""
     def read_records(indices):
-        return [(image_key(index), _read_record(files[index])) for index in indices]
+        return [(image_key(index), _read_record(files[index], reencoding)) for index in indices]
 
     size = 0
     with (ThreadPoolExecutor(workers) as pool,
@@ -82,7 +89,7 @@ def _write_database(path, files, tables, workers, bar):
         _put(env, tables.items())
 
 
-def _read_record(path):
+def _read_record(path, reencoding=None):
     """The record of an image file, read without a copy. With `read_file`, converting takes a tenth longer."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe waits for a writer
     try:
@@ -92,7 +99,7 @@ def _read_record(path):
         record, image = empty_record(status.st_size)
         if os.readv(file, [image, bytearray(1)]) != status.st_size:            # one byte more, to detect growth
             raise DataError(f'{path} changed while it was read; convert again')
-        return record
+        return encode_image(reencoding(bytes(image), lambda: path)) if reencoding else record
     finally:
         os.close(file)
 
@@ -161,34 +168,44 @@ def split_names(text):
     return splits
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = ArgumentParser(
         description='Convert trees <dir>/<split>/<class>/<image> to one LMDB file each, <dir>/<split>.lmdb.')
     add = parser.add_argument
     add('--dir', required=True, help='folder of the splits')
-    add('--splits', type=split_names, default='train,val', help='names, separated by commas (default: %(default)s)')
+    add('--splits', type=split_names, help='names, separated by commas (default: train,val)')
     add('--workers', type=positive(int),
-        help='threads that read files; more help if the disk responds slowly (default: 1; for --verify, one per core)')
+        help='threads that read files; more help if the disk responds slowly (default: 1; for --short-side and '
+             '--verify, one per core)')
+    add('--short-side', type=positive(int), metavar='PIXELS',
+        help='store training images whose shorter side is longer as JPEGs of this size, for faster training; '
+             'validation images only if --splits names val')
+    add('--quality', type=within(1, 100, int), default=92, help='with --short-side: of these JPEGs (default: %(default)s)')
     add('--force', action='store_true', help='replace an existing database, once the new one is complete')
     add('--verify', action='store_true',
         help='write nothing; decode every image of the existing trees and databases, and list those that do not '
              'decode (exit status 1 if any)')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def convert_all(folders, workers=1, force=False):
-    """Convert each tree `folder` to `folder`.lmdb; all are checked before the first, which may take an hour."""
+    """Convert trees to databases `folder`.lmdb; all are checked before the first, which may take an hour.
+
+    Args:
+        folders: dict, folder of a tree → its `Reencoding`, or None to store the files unchanged.
+    """
     for folder in folders:
         if not os.path.isdir(folder):
-            raise InputError(f'{folder} is not a folder; {folder}/<class>/<image> is expected')
+            raise missing_split('--dir', *os.path.split(folder))
         if os.path.isdir(f'{folder}.lmdb'):
             raise InputError(f'{folder}.lmdb is a folder; remove it first')
         if os.path.exists(f'{folder}.lmdb') and not force:
             raise InputError(f'{folder}.lmdb exists; --force replaces it, --splits leaves it out')
-    for folder in folders:
+    for folder, reencoding in folders.items():
         path = f'{folder}.lmdb'
-        num_images, num_classes = convert(folder, path, workers)
-        print(f'{path}: {num_images:,} images of {num_classes:,} classes, {os.path.getsize(path):,} bytes')
+        num_images, num_classes = convert(folder, path, workers, reencoding)
+        print(f'{path}: {num_images:,} images of {num_classes:,} classes, {os.path.getsize(path):,} bytes'
+              + (f'; {reencoding}' if reencoding else ''))
 
 
 def verify_all(folders, workers):
@@ -197,30 +214,29 @@ def verify_all(folders, workers):
     for folder in folders:
         present = [path for path in (folder, f'{folder}.lmdb') if os.path.exists(path)]
         if not present:
-            raise InputError(f'neither {folder} nor {folder}.lmdb exists')
+            raise missing_split('--dir', *os.path.split(folder), f' and no {os.path.basename(folder)}.lmdb')
         paths += present
     return sum(verify(path, workers) for path in paths)
 
 
-def main():
-    args = parse_args()
-    folders = [os.path.join(args.dir, split) for split in args.splits]
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may have no encoding
+def main(argv=None):
+    """Convert or verify; → exit status, 1 if an image does not decode."""
+    args = parse_args(argv)
+    reencoding = Reencoding(args.short_side, args.quality) if args.short_side else None
+    # A validation image that is not the original would change every figure, so it must be asked for
+    folders = {os.path.join(args.dir, split): reencoding if args.splits or split != 'val' else None
+               for split in args.splits or ('train', 'val')}
     try:
         if args.verify:
-            return 1 if verify_all(folders, args.workers or os.cpu_count()) else 0
-        convert_all(folders, args.workers or 1, args.force)
-        return 0
-    except (InputError, OSError, lmdb.Error) as error:
-        free = ''
-        if isinstance(error, lmdb.Error):              # LMDB reports a full disk as "Input/output error"
-            free = f' ({shutil.disk_usage(args.dir).free / 2 ** 20:,.0f} MiB are free in {args.dir})'
-        print(f'folder2lmdb.py: error: {one_line(error)}{free}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('folder2lmdb.py: interrupted', file=sys.stderr)
-        return 130
+            return int(verify_all(folders, args.workers or os.cpu_count()) > 0)
+        convert_all(folders, args.workers or (os.cpu_count() if reencoding else 1), args.force)
+    except OSError as error:
+        raise InputError(one_line(error)) from error
+    except lmdb.Error as error:                        # a full disk is "Input/output error" for LMDB
+        free = shutil.disk_usage(args.dir).free / 2 ** 20
+        raise InputError(f'{one_line(error)} ({free:,.0f} MiB are free in {args.dir})') from error
 
 
-if __name__ == '__main__':
-    sys.exit(main())
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('folder2lmdb.py', main, argv)

@@ -2,12 +2,16 @@
 
     python loader_benchmark.py --data-path /path/to/imagenet
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('loader_benchmark')
+
+import atexit
 import dataclasses
 import functools
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections import deque
 from contextlib import contextmanager
@@ -15,6 +19,8 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import PIL
+import cv2
+import simplejpeg
 import torch
 import torchvision
 from timm.data import create_transform
@@ -26,8 +32,10 @@ from formats.image_folder import ImageFolder
 from formats.lmdb_dataset import ImageFolderLMDB
 from measuring.benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
 from runtime.arguments import ArgumentParser, positive, timm_model
+from runtime.distributed import ignore_stop_signals, kill_workers
 from runtime.preprocessing import Preprocessing, pretrained_input
-from runtime.utils import InputError, choose_kernels, one_line
+from runtime.program import run_program
+from runtime.utils import choose_kernels, missing_split
 from samplers import EvalSampler, TrainSampler
 
 # The training transform of DeiT (Touvron et al., 2021, table 9)
@@ -59,7 +67,8 @@ class LoadingProtocol:
     def __str__(self):
         return (f'batches of {self.batch_size} of {self.input_size}×{self.input_size}, normalised float32 on '
                 f"{device_name(self.device)}; DeiT's training transform; torch {torch.__version__}, "
-                f'torchvision {torchvision.__version__}, Pillow {PIL.__version__}; median [min–max] of {self.windows} '
+                f'torchvision {torchvision.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}, '
+                f'simplejpeg {simplejpeg.__version__}; median [min–max] of {self.windows} '
                 f'windows of at least {self.window_seconds:g} s; a core: one process of one thread; all: '
                 f'{self.num_workers} workers')
 
@@ -70,7 +79,7 @@ class Pipeline(NamedTuple):
     """A way from stored images to batches for a model.
 
     Args:
-        name: split, class of the data set, variant.
+        name: split, class of the data set, shorter side of re-encoded images, variant.
         dataset: of (transformed image, label).
         batches: function (dataset, number of workers) → iterator over the images of an epoch, normalised float32
             (B, 3, S, S) on the device.
@@ -95,14 +104,14 @@ def plain_transform(is_train, input_size, preprocessing=Preprocessing()):
 def plain_batches(dataset, num_workers, is_train, batch_size, device):
     """The baseline's batches: torch's DataLoader without a sampler of ours."""
     loader = DataLoader(dataset, batch_size, shuffle=is_train, num_workers=num_workers,
-                        pin_memory=device.type == 'cuda')
+                        pin_memory=device.type == 'cuda', worker_init_fn=ignore_stop_signals)
     return (images.to(device, non_blocking=True) for images, _ in loader)
 
 
 def our_batches(dataset, num_workers, is_train, batch_size, device, preprocessing):
     """Batches as main.py loads them, with random erasing on the device as in `train_one_epoch`."""
     load = functools.partial(build_loader, batch_size=batch_size, device=device, num_workers=num_workers,
-                             preprocessing=preprocessing)
+                             preprocessing=preprocessing, worker_init_fn=ignore_stop_signals)
     if not is_train:
         return (images for images, _ in load(dataset, EvalSampler(dataset, 1, 0)))
     loader = load(SeededDataset(dataset), TrainSampler(dataset, num_replicas=1, rank=0))
@@ -111,7 +120,7 @@ def our_batches(dataset, num_workers, is_train, batch_size, device, preprocessin
 
 
 def pipelines(data_path, is_train, protocol):
-    """Yield the pipelines of a split, the plain one first: one for each storage and each resize.
+    """Yield the pipelines of a split, the plain one first: one for each storage and each transform.
 
     Raises:
         InputError: there are neither image files nor a database.
@@ -119,18 +128,21 @@ def pipelines(data_path, is_train, protocol):
     split = 'train' if is_train else 'val'
     folder, database = Path(data_path, split), Path(data_path, f'{split}.lmdb')
     if not folder.is_dir() and not database.exists():
-        raise InputError(f'--data-path {data_path} has neither {folder.name}/ nor {database.name}')
+        raise missing_split('--data-path', data_path, split, f' and no {database.name}')
     settings = dict(is_train=is_train, batch_size=protocol.batch_size, device=protocol.device)
     transform = plain_transform(is_train, protocol.input_size, protocol.preprocessing)
     plain = ImageFolder(folder, transform) if folder.is_dir() else ImageFolderLMDB(database, transform)
     yield Pipeline(f'{split}, {type(plain).__name__}, plain', plain, functools.partial(plain_batches, **settings))
-    for use_lmdb, fast_resize in itertools.product((False, True), (False, True) if is_train else (False,)):
+    for use_lmdb, fast_transforms in itertools.product((False, True), (False, True) if is_train else (False,)):
         if (database if use_lmdb else folder).exists():
             dataset = build_dataset(is_train, data_set='IMNET', data_path=data_path, use_lmdb=use_lmdb,
-                                    input_size=protocol.input_size, fast_resize=fast_resize,
+                                    input_size=protocol.input_size, fast_transforms=fast_transforms,
                                     train_interpolation=protocol.preprocessing.interpolation,
                                     preprocessing=protocol.preprocessing, **AUGMENTATION)
-            yield Pipeline(f'{split}, {type(dataset).__name__}{", --fast-resize" if fast_resize else ""}', dataset,
+            reencoding = getattr(dataset, 'reencoding', None)
+            name = f'{split}, {type(dataset).__name__}' + (f' of {reencoding.short_side}' if reencoding else '')
+            name += ', --fast-transforms' if fast_transforms else ''
+            yield Pipeline(name, dataset,
                            functools.partial(our_batches, preprocessing=protocol.preprocessing, **settings))
 
 
@@ -186,7 +198,8 @@ def time_stages(pipeline, num_images=256):
     """
     dataset = pipeline.dataset
     steps, dataset.transform = dataset.transform.transforms, None
-    stages = [('read and decode', lambda index: dataset[index][0]), *((type(step).__name__, step) for step in steps)]
+    first = 'read' if type(steps[0]).__name__ == 'DecodedCrop' else 'read and decode'
+    stages = [(first, lambda index: dataset[index][0]), *((type(step).__name__, step) for step in steps)]
     stages.append(('batch', None))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     times = {name: [] for name, _ in stages}
@@ -245,14 +258,13 @@ def parse_args(argv=None):
 def main(argv=None):
     """Run the program."""
     args = parse_args(argv)
+    atexit.register(kill_workers)                      # they ignore SIGTERM, which would end them otherwise
     choose_kernels(args.device)
     protocol = LoadingProtocol(args.input_size, args.batch_size, args.device, args.num_workers, args.windows,
                                args.window_seconds, args.preprocessing)
     measure_loading(args.data_path, protocol)
 
 
-if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        ArgumentParser().error(one_line(error))
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('loader_benchmark.py', main, argv)

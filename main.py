@@ -2,10 +2,14 @@
 
 The same path serves a CPU, one GPU and, started by torchrun or srun, many GPUs.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('main')
+
 import argparse
 import atexit
 import copy
-import signal
+import math
 import sys
 from functools import partial
 
@@ -14,7 +18,7 @@ from timm.data import Mixup
 
 from datasets import (DATA_FLAGS, SeededDataset, add_data_arguments, build_dataset, build_loader, check_same_classes,
                       fill_data_arguments, spread)
-from engine import evaluate
+from engine import evaluate, keep_rate_at
 from evit.settings import TokenSettings
 from formats.token_labels import LabelledTokens, TokenLabeling
 from losses import DistillationLoss, TokenLabelingLoss, build_base_criterion
@@ -25,18 +29,18 @@ from runtime.arguments import (ArgumentParser, HelpFormatter, add_run_arguments,
 from runtime.attention_priority import flash_first
 from runtime.checkpoint import (check_classes, find_checkpoint, load_finetune, load_run, load_teacher, load_weights,
                                 read_flags)
-from runtime.distributed import (Stopped, ignore_stop_signals, init_process_group, kill_workers, leave_process_group,
-                                 log, rank, world_size)
-from runtime.failures import exit_failed
+from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
+                                 world_size)
 from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments, flag_of
 from runtime.preprocessing import input_of
+from runtime.program import run_program
 from runtime.utils import InputError, choose_amp_dtype, choose_kernels, seed_all
 from samplers import EvalSampler, TrainSampler
-from trainer import Trainer
+from trainer import Trainer, refuse_checkpoints
 from visualize_mask import visualize
 
 SHRINK_DEFAULTS = {'shrink_start_epoch': 10, 'shrink_epochs': 0}
-AUGMENTATION = 'fast_resize', 'color_jitter', 'aa', 'train_interpolation'
+AUGMENTATION = 'fast_transforms', 'color_jitter', 'aa', 'train_interpolation'
 LOGGED_MASKS = 8
 
 
@@ -48,7 +52,8 @@ def get_args_parser():
     on_off = argparse.BooleanOptionalAction
     tokens, model = add_model_arguments(parser)
     add = tokens.add_argument
-    add('--shrink-start-epoch', type=natural, help='epoch in which the keep rate starts to fall from 1 (default: 10)')
+    add('--shrink-start-epoch', type=natural, help='epoch in which the keep rate starts to fall from 1 (default: 10; 0 '
+        'with --finetune or --pretrained)')
     add('--shrink-epochs', type=natural, help='epochs in which it falls to the base keep rate (default: 0)')
     add = parser.add_argument_group('modes').add_argument
     add('--eval', action='store_true', help='evaluate a checkpoint and exit')
@@ -71,7 +76,7 @@ def get_args_parser():
     add('--opt', default='adamw', help='name of a timm optimizer')
     add('--opt-eps', type=float, default=1e-8, help='epsilon')
     add('--opt-betas', type=float, nargs=2, help="betas (default: the optimizer's own)")
-    add('--clip-grad', type=non_negative, help='maximum norm of the gradient (default: no clipping)')
+    add('--clip-grad', type=non_negative, help='maximum norm of the gradient, 0 for no clipping (default: none)')
     add('--momentum', type=float, default=0.9, help='momentum of SGD and its like')
     add('--weight-decay', type=non_negative, default=0.05, help='weight decay')
 
@@ -98,9 +103,9 @@ def get_args_parser():
     add('--smoothing', type=within(0, 0.99), default=0.1, help='label smoothing')
     add('--train-interpolation', choices=['random', 'bilinear', 'bicubic'],
         help="of the crops (default: bicubic, with --pretrained the weights')")
-    add('--fast-resize', action='store_true',
-        help='decode and resize training images with torch instead of Pillow: faster, but values of a resized image '
-             'differ by up to 2 of 255')
+    add('--fast-transforms', '--fast-resize', action='store_true',
+        help='decode and augment training images with simplejpeg and OpenCV instead of Pillow: twice as many images/s '
+             'of a core, with the same random draws, but not bit for bit the same pixels')
     add('--repeated-aug', action=on_off, default=True,
         help='each image three times per epoch, which covers a third of the images')
     add('--reprob', type=fraction, default=0.25, help='probability of random erasing')
@@ -135,6 +140,8 @@ def get_args_parser():
     add('--seed', type=natural, default=0, help='random seed')
     add('--resume', default='', metavar='CHECKPOINT',
         help='file or https address to continue from; auto: the newest of the output folder, if it has one')
+    add('--overwrite', action='store_true', help='begin anew in an output folder that holds a run, whose checkpoints are '
+        'removed')
     add('--checkpoint-interval', type=positive(int), default=500,
         help='updates between checkpoints; one is saved after each epoch, too')
     add('--skip-nonfinite', type=natural, default=0,
@@ -179,7 +186,8 @@ def fill_shrink_arguments(args, parser):
         if args.token_counts and getattr(args, name) is not None:
             parser.error(f'--token-counts takes no {flag_of(name)}')
         if args.base_keep_rate is not None and getattr(args, name) is None:
-            setattr(args, name, default)
+            is_trained = name == 'shrink_start_epoch' and (args.finetune or args.pretrained)
+            setattr(args, name, 0 if is_trained else default)
 
 
 def evaluates_only(args):
@@ -208,6 +216,8 @@ def wrong_combinations(args):
          '--cutmix-minmax takes the smaller share first'),
         (evaluates_only(args) and not (args.resume or args.pretrained),
          '--eval and --visualize-mask need --resume CHECKPOINT or --pretrained'),
+        (args.overwrite and args.resume, '--overwrite begins anew, --resume goes on with a run; give one of them, for a '
+         'recipe --resume= --overwrite'),
         (args.resume == 'auto' and not args.output_dir, '--resume auto needs the --output-dir of the run'))
 
 
@@ -290,6 +300,8 @@ def run_mode(args, device):
         model = build_model(args, num_classes=1000).to(device, memory_format=memory_format)
         return measure_speed(model)
 
+    if not evaluates_only(args) and args.output_dir and not (args.resume or args.overwrite):
+        refuse_checkpoints(args.output_dir)
     source = find_checkpoint(args.resume, args.output_dir, device, required=evaluates_only(args))
     checkpoint = load_run(source, vars(args), evaluates_only(args)) if source else None
     loader_train, loader_val, mask_loader = build_loaders(args, device)
@@ -318,6 +330,7 @@ def run_mode(args, device):
                            device, amp_dtype, args.num_workers, args.pin_mem)
         evaluate_model(model, loader=images, sharded=True)
     else:
+        log_notes(args, len(loader_train))
         mixup, token_labeling, criterion = build_criterion(args, model, num_classes, device, loader_val.dataset)
         trainer = Trainer(args, model, device, amp_dtype, criterion, mixup, loader_train, evaluate_model, mask_loader,
                           token_labeling)
@@ -335,21 +348,36 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
         images = f'{len(loader_train.dataset):,} training and {images}'
     log(f'{args.model}: {num_parameters:,} parameters; {args.data_set}: {images}; '
         f'{world_size()} process(es) on {device.type}, {amp_dtype}')
+    for name, loader in ('train.lmdb', loader_train), ('val.lmdb', loader_val):
+        dataset = getattr(loader, 'dataset', None)
+        dataset = getattr(dataset, 'dataset', dataset)                     # in a SeededDataset
+        if getattr(dataset, 'reencoding', None):
+            log(f'{name}: images are {dataset.reencoding}')
+
+
+def log_notes(args, num_steps):
+    """Say which flags do not suit the length of the run; an epoch has `num_steps` steps."""
+    if args.warmup_epochs >= args.epochs:
+        log(f'note: the warm-up of {args.warmup_epochs} epochs is not shorter than the run of {args.epochs}: the learning '
+            'rate only rises; lower --warmup-epochs')
+    if args.base_keep_rate is not None and not args.token_counts:
+        rate = keep_rate_at(args.epochs * num_steps - 1, num_steps, args.shrink_start_epoch, args.shrink_epochs,
+                            args.base_keep_rate)
+        if rate > args.base_keep_rate + 0.01:
+            log(f'note: the keep rate reaches {args.base_keep_rate:g} after {args.shrink_start_epoch} + '
+                f'{args.shrink_epochs} epochs, but the run has {args.epochs}: the last one ends at {rate:.3g}; lower '
+                '--shrink-start-epoch or --shrink-epochs')
+    covered = 1 / (1 - args.model_ema_decay) if args.model_ema_decay < 1 else math.inf
+    updates = args.epochs * math.ceil(num_steps / args.accum_steps)
+    if args.model_ema and covered > updates:
+        log(f'note: the moving average covers {covered:,.0f} updates, but the run has {updates:,}: it stays near the first '
+            'weights; lower --model-ema-decay, or give --no-model-ema')
 
 
 def run(argv=None, parser=None):
-    """The program: an expected failure is one line; the exit status is 2 if the input is wrong.
-
-    The arguments are those of `parse_args`; by default `argv` is the command line of the process.
-    """
-    try:
+    """The program; the arguments are those of `parse_args`; by default `argv` is the command line of the process."""
+    def program():
         main(parse_args(sys.argv[1:] if argv is None else argv, parser))
         leave_process_group()
-    except Stopped:
-        sys.exit(128 + signal.SIGTERM)
-    except Exception as error:
-        exit_failed('main.py', error)
 
-
-if __name__ == '__main__':
-    run()
+    run_program('main.py', program)

@@ -33,9 +33,9 @@ from evit.blocks import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttenti
                          EViTMlp, EViTRopeAttention)
 from evit.feature_maps import FeatureMaps
 from evit.lvvit import LVViT
-from evit.merging import size_bias
+from evit.pooling import WeighedPooling
 from evit.position_embedding import ResizedPositions, resize_pos_embed     # noqa: F401, for code that imports it here
-from evit.reorganization import WAYS, patches_after, patches_per_token, rope_rows, weigh_by_size
+from evit.reorganization import WAYS, patches_after, rope_rows
 from evit.reorganization import class_attention, reorganize_tokens         # noqa: F401, for code that imports them here
 from evit.settings import TokenSettings, num_kept
 
@@ -43,7 +43,7 @@ SAVE_SELECTION = partial(create_selective_checkpoint_contexts, [
     torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.argmax.default])
 
 
-class TokenReorganization(FeatureMaps, ResizedPositions):
+class TokenReorganization(FeatureMaps, WeighedPooling, ResizedPositions):
     """Mixin that adds token reorganisation to a vision transformer of timm.
 
     Modifications: as `forward` says. Where the head pools by average, a fused token counts as many patches as it stands
@@ -135,29 +135,6 @@ class TokenReorganization(FeatureMaps, ResizedPositions):
         if self.global_pool != 'token' or self.cls_token is None or getattr(self, 'attn_pool', None) is not None:
             return False
         return not any(module._forward_hooks or module._forward_pre_hooks for module in self.blocks[-1].modules())
-
-    def classify(self, x, stages, num_patches):
-        """Normalised tokens (B, P + n, C) → logits (B, num_classes).
-
-        Where the head pools by average or by attention, a token counts for all patches that it stands for.
-
-        Args:
-            stages: as `run_blocks` returns them.
-            num_patches: N.
-        """
-        stages, prefix = [stage for stage in stages if stage and stage.idx is not None], self.num_prefix_tokens
-        sizes = stages[-1].sizes if stages else None
-        if getattr(self, 'attn_pool', None) is not None:
-            if sizes is None:
-                return self.forward_head(x)
-            first = 0 if getattr(self, 'pool_include_prefix', True) else prefix
-            bias = size_bias(sizes, prefix, x.dtype)[..., first:]
-            return self.head(self.head_drop(self.fc_norm(self.attn_pool(x[:, first:], attn_mask=bias))))
-        if sizes is None and stages and WAYS[self.token_settings.way].extra_tokens:
-            sizes = patches_per_token([stage.idx for stage in stages], num_patches)
-        if sizes is not None and self.global_pool == 'avg':
-            x = weigh_by_size(x, sizes, num_patches, getattr(self, 'pool_include_prefix', False))
-        return self.forward_head(x)
 
     def block_keep_rates(self, keep_rate=None):
         """The rate of each block for the `keep_rate` of `forward`; ValueError if it is not valid."""

@@ -2,6 +2,10 @@
 
 After a preemption, the time limit or a node failure, the job is requeued and continues from its checkpoint.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('run_with_submitit')
+
 import shlex
 import signal
 import sys
@@ -9,12 +13,13 @@ from pathlib import Path
 
 try:
     import submitit
-except ImportError:                                    # run() reports it
+except ImportError:                                    # `submit` reports it
     submitit = None
 
-import main
+import main as program
 from runtime.arguments import natural, positive
-from runtime.utils import one_line
+from runtime.program import run_program
+from runtime.utils import InputError, one_line
 
 CODE = Path(__file__).resolve().parent
 # Exit status 143: stopped by a signal, with its state saved; 140: stopped by SIGUSR2 before training began
@@ -24,7 +29,7 @@ REQUEUE = ['status=$?', 'if [ $status = 143 ] || [ $status = 140 ]; then scontro
 
 def get_args_parser(folder='that of the job'):
     """The flags of main.py and of the job; `folder` is the default of --output-dir."""
-    parser = main.get_args_parser()
+    parser = program.get_args_parser()
     parser.description = 'EViT: training and evaluation as a job of Slurm'
     parser.set_defaults(output_dir=folder, num_workers=10)                 # of a node, not of this machine
     add = parser.add_argument_group('job').add_argument
@@ -54,12 +59,17 @@ class Job:
         for signum in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(signum, signal.SIG_DFL)
         folder = submitit.JobEnvironment().paths.folder
-        main.run(self.argv, get_args_parser(str(folder)))
+        program.run(self.argv, get_args_parser(str(folder)))
 
 
 def submit(argv):
     """Submit a job for a command line → submitit's Job."""
-    args = main.parse_args(argv, get_args_parser())
+    args = program.parse_args(argv, get_args_parser())
+    if args.overwrite:
+        raise InputError('--overwrite does not go with a job, which resumes when it is requeued; give another '
+                         '--output-dir')
+    if submitit is None:
+        raise InputError('submitit is not installed; pip install -r requirements-submitit.txt')
     cpus = max(1, args.num_workers)
     executor = submitit.SlurmExecutor(args.job_dir)
     executor.update_parameters(
@@ -74,17 +84,15 @@ def submit(argv):
     return executor.submit(Job([*defaults, *argv]))
 
 
-def run(argv=None):
-    """The program: an error is one line, the exit status 2."""
+def main(argv=None):
+    """Submit the job, and print where its logs are."""
     try:
-        if submitit is None:
-            raise RuntimeError('submitit is not installed; pip install -r requirements-submitit.txt')
         job = submit(sys.argv[1:] if argv is None else argv)
-    except (RuntimeError, OSError) as error:           # also if there is no Slurm, or it refuses the job
-        print(f'run_with_submitit.py: error: {one_line(error)}', file=sys.stderr)
-        sys.exit(2)
+    except (RuntimeError, OSError) as error:           # there is no Slurm, or it refuses the job
+        raise InputError(one_line(error)) from None
     print(f'Submitted job {job.job_id}; its logs: {job.paths.stdout} and {job.paths.stderr}')
 
 
-if __name__ == '__main__':
-    run()
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('run_with_submitit.py', main, argv)

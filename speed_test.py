@@ -5,6 +5,10 @@
 Without --models, it compares the backbones of the paper's Figure 4. Models are timed in turn, so that the ratios hold
 on a machine whose speed varies. `benchmark.py` measures a model from Python.
 """
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('speed_test')
+
 import argparse
 import csv
 import dataclasses
@@ -26,14 +30,15 @@ from evit.settings import TokenSettings
 from export import InRuntime
 from measuring.benchmark import throughput             # noqa: F401, for code that imports it from here
 from measuring.benchmark import (Protocol, add_protocol_arguments, largest_batch, macs, matrix_product, measured_pass,
-                                 peak_memory, stopwatch, time_in_turn)
+                                 peak_memory, stopwatch, time_in_turn, zero_heads)
 from measuring.plots import plot_throughput
 from measuring.profile import profile_pass
 from models_evit import VARIANTS, obstacle
 from runtime.arguments import ArgumentParser, keep_rate, positive, timm_model
 from runtime.attention_priority import flash_first
 from runtime.model_factory import create_model
-from runtime.utils import InputError, choose_kernels, one_line
+from runtime.program import run_program
+from runtime.utils import InputError, choose_kernels
 
 RUNTIMES = {'torch': None, 'compile': None, 'onnxruntime': 'onnx', 'aoti': 'aoti'}         # and formats of export.py
 # How torch and timm refuse a model or an input; out of memory is a RuntimeError
@@ -92,7 +97,11 @@ def build_candidate(candidate, fuse_token):
     if keep_rate is None and name in VARIANTS:
         keep_rate = VARIANTS[name].keep_rate
     tokens = None if keep_rate is None else TokenSettings(keep_rate, way=candidate.way_or(fuse_token))
-    return create_model(name, input_size=input_size, tokens=tokens).eval()
+    model = create_model(name, input_size=input_size, tokens=tokens).eval()
+    for head in zero_heads(model):                     # the output would not show whether a runtime works
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 @functools.cache
@@ -102,7 +111,7 @@ def read_accuracies():
     For the source timm, one program measured all models (results/results-imagenet.csv, August 2026). The figures of
     EViT are its authors'.
     """
-    with open(Path(__file__).parent / 'measuring' / 'imagenet_top1.csv', newline='') as file:
+    with open(Path(__file__).parent / 'measuring' / 'imagenet_top1.csv', newline='', encoding='utf-8') as file:
         return {(row['model'], int(row['img_size'])): (float(row['top1']), row['source'])
                 for row in csv.DictReader(file)}
 
@@ -274,7 +283,7 @@ def write_csv(path, rows):
     """Write the rows of `compare`, each with its protocol, under a header line."""
     columns = ['model', 'input_size', 'median', 'min', 'max', 'ratio', 'gmacs', 'mparams', 'memory_mib', 'share',
                'top1', 'source', 'failure', 'protocol']
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns, extrasaction='ignore')
         writer.writeheader()
         for row in rows:
@@ -290,7 +299,7 @@ def parse_candidate(text):
     base, colon, size = text.partition(':')
     name, at, rate = base.partition('@')
     rate, way = re.fullmatch('(.*?)(?:-([a-z_]+))?', rate).groups()
-    timm_model(name)
+    name = timm_model(name)
     if at and name not in VARIANTS:
         with torch.device('meta'):                     # without weights
             reason = obstacle(timm.create_model(name))
@@ -381,8 +390,6 @@ def main(argv=None):
     return int(any('failure' in row for row in rows))
 
 
-if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        ArgumentParser().error(one_line(error))
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('speed_test.py', main, argv)

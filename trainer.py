@@ -2,28 +2,32 @@
 import datetime
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from timm.data.random_erasing import RandomErasing
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import check_weights, keep_rate_at, train_one_epoch
 from evit.pictures import draw_sheets
-from runtime.checkpoint import CheckpointWriter, load_weights
+from runtime.checkpoint import BEST, CheckpointWriter, load_weights
 from runtime.compiled_model import CompiledModel
 from runtime.distributed import StopSignal, Stopped, leave_process_group, log, rank, world_size
 from runtime.failures import Failures
 from runtime.logger import RunLog, make_output_folder
+from runtime.reading import NEWEST, PREVIOUS
 from runtime.utils import InputError, autocast
 
 # What the flags set in an optimizer, and what the scheduler of --sched plateau has found out
 HYPERPARAMETERS = {'lr', 'initial_lr', 'max_lr_snapshot', 'weight_decay', 'betas', 'beta1', 'betas_1d', 'eps',
                    'momentum', 'fused'}
 PLATEAU_STATE = {'best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch', '_last_lr'}
+
+LONG_WAIT = 0.2                                        # share of an epoch that is worth a line
 
 
 class Trainer:
@@ -67,6 +71,7 @@ class Trainer:
             args.epochs, args.eval_interval, args.checkpoint_interval)
         self.batch_size, self.accum_steps = args.batch_size, args.accum_steps
         self.output_dir, self.is_resumed, self.compiled = args.output_dir, bool(args.resume), args.compile
+        self.overwrites = args.overwrite
         self.is_finetuning, self.is_distilling = bool(args.finetune), args.distillation_type != 'none'
         erase = None
         if args.reprob:
@@ -74,8 +79,8 @@ class Trainer:
         self.train_one_epoch = partial(
             train_one_epoch, criterion=criterion, optimizer=self.optimizer, device=device, scaler=self.scaler,
             amp_dtype=amp_dtype, seed=args.seed, erase=erase, mixup=mixup, token_labeling=token_labeling,
-            model_ema=self.model_ema, clip_grad=args.clip_grad, accum_steps=args.accum_steps,
-            skip_nonfinite=args.skip_nonfinite, print_freq=args.print_freq)
+            model_ema=self.model_ema, clip_grad=args.clip_grad or None, accum_steps=args.accum_steps,
+            skip_nonfinite=args.skip_nonfinite, print_freq=args.print_freq, epochs=args.epochs)
         self.keep_rate_at = None
         if args.base_keep_rate is not None and not args.token_counts:      # an EViT whose rate falls
             self.keep_rate_at = partial(keep_rate_at, start_epoch=args.shrink_start_epoch,
@@ -95,8 +100,11 @@ class Trainer:
                 'output folder')
         folder = make_output_folder(self.output_dir) if self.output_dir else None      # everywhere, to fail everywhere
         folder = folder if rank() == 0 else None
+        for path in checkpoints_of(folder) if folder and self.overwrites else ():
+            path.unlink()
+        steps = self.epoch * len(self.loader) + self.start_step(len(self.loader))
         with (StopSignal(self.device) as self.stop, CheckpointWriter(folder) as self.writer,
-              RunLog(folder, self.epoch, self.is_resumed) as self.run_log):
+              RunLog(folder, self.epoch, steps, self.is_resumed, self.overwrites, self.args) as self.run_log):
             if Failures.group:
                 Failures.group.finish = self.writer.wait
             while self.epoch < self.epochs:
@@ -121,12 +129,19 @@ class Trainer:
         def keep_rate(step):
             return self.keep_rate_at(self.epoch * num_steps + step, num_steps)
 
+        def log_step(step, figures):
+            self.run_log.log_step(self.epoch * num_steps + step, figures)
+
         self.set_training_mode()
         self.loader.sampler.set_epoch(self.epoch, self.start_step(num_steps) * self.batch_size)
         progress = self.train_one_epoch(model, loader=self.loader, epoch=self.epoch, state=self.progress,
                                         keep_rate=keep_rate if self.keep_rate_at else None,
-                                        after_update=self.after_update)
+                                        after_update=self.after_update, log_step=log_step)
         stats = progress.summary()
+        if stats['loader_wait'] > LONG_WAIT:
+            log(f'Epoch: [{self.epoch}] {stats["loader_wait"]:.0%} of the time was spent waiting for images; more '
+                '--num-workers, --fast-transforms or LMDB (folder2lmdb.py, --use-lmdb) may help; loader_benchmark.py '
+                'measures by how much')
         self.progress = progress.state_dict()
         return {f'train_{key}': value for key, value in stats.items()}
 
@@ -279,11 +294,25 @@ class EmaInMainMemory(ModelEmaV3):
                 average.copy_(new)
 
 
+def checkpoints_of(folder):
+    """The checkpoints of the run in a folder, the newest first, as Paths."""
+    return [path for name in (NEWEST, PREVIOUS, BEST) if (path := Path(folder) / name).is_file()]
+
+
+def refuse_checkpoints(folder):
+    """Raise InputError if a new run would overwrite the checkpoints of another one."""
+    if found := checkpoints_of(folder):
+        raise InputError(f'{found[0]} exists: --resume auto goes on with its run, --overwrite begins anew and removes it; '
+                         'or give another --output-dir')
+
+
 def build_optimizer(args, model):
     """timm's optimizer for the flags; the learning rate is scaled by the global batch size / 512."""
     lr = args.lr * args.batch_size * args.accum_steps * world_size() / 512
     fused = {'fused': True} if args.opt == 'adamw' else {}                 # one kernel for all tensors
     try:
+        if get_optimizer_info(args.opt.removeprefix('lookahead_')).second_order:
+            raise ValueError('it takes second derivatives, which this code does not compute')
         return create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr, **fused})
     except (ValueError, AssertionError, IndexError, RuntimeError) as error:
         raise InputError(f'--opt {args.opt} cannot be used here: {error}') from None

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 from evit.observation import Observation, kept_patches, observe                        # noqa: F401, for notebooks
 from evit.pictures import attention_images, mask_images, merge_images                  # noqa: F401, for notebooks
 from evit.pictures import denormalize, draw_sheets, pixels_per_patch, stage_images, to_bytes
-from runtime.distributed import log, rank, world_size
+from runtime.distributed import ignore_stop_signals, log, rank, world_size
 from runtime.logger import make_output_folder
 from runtime.utils import autocast
 
@@ -66,7 +66,8 @@ def visualize(model, loader, count, output_dir, batch_size, device, amp_dtype, n
     images = spread(dataset, count)
     sampler = EvalSampler(images, world_size(), rank())
     load = partial(build_loader, batch_size=batch_size, device=device, preprocessing=preprocessing)
-    share = load(images, sampler, num_workers=num_workers, pin_memory=pin_memory)
+    share = load(images, sampler, num_workers=num_workers, pin_memory=pin_memory,
+                 worker_init_fn=ignore_stop_signals)
     statistics = dict(mean=preprocessing.mean, std=preprocessing.std)
     folder, numbers = make_output_folder(output_dir), iter(sampler)
     for batch, _ in share:

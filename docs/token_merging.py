@@ -8,17 +8,23 @@ images/s of both are measured with windows in turn.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
+    from runtime.program import start
+    start('token_merging')
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import curve as program
+import curve
 from engine import evaluate
 from evit.merging import size_bias
+from measuring.accuracy_curve import with_way
 from measuring.benchmark import macs, paired_throughput
 from models_evit import EViT, to_evit
-from runtime.failures import exit_failed
+from runtime.distributed import init_process_group
+from runtime.program import run_program
 from runtime.utils import InputError, choose_amp_dtype
 
 
@@ -86,11 +92,13 @@ def reductions_of(model, gmacs, input_size):
     raise ValueError(f'no schedule has {gmacs} GMACs')
 
 
-def main():
-    args = program.parse_args(sys.argv[1:])
-    device = torch.device(args.device)
-    loader, _ = program.build_loaders(args, device)
-    model = program.build_model(args, loader.dataset, device)
+def main(argv=None):
+    args = curve.parse_args(sys.argv[1:] if argv is None else argv)
+    if not (args.keep_rates and args.resume):
+        raise InputError('give --resume CHECKPOINT and --keep-rates')
+    device = init_process_group(args.device)
+    loader, _ = curve.build_loaders(args, device)
+    model = curve.build_model(args, loader.dataset, device)
     if not isinstance(model, EViT):
         raise InputError(f'{args.model} is no VisionTransformer of timm, which alone is served here')
     model, amp_dtype = with_way(model, 'merge'), choose_amp_dtype(args.amp_dtype, device)
@@ -105,8 +113,6 @@ def main():
         evaluate(merging, loader, device=device, amp_dtype=amp_dtype, print_freq=args.print_freq)
 
 
-if __name__ == '__main__':
-    try:
-        main()
-    except Exception as error:
-        exit_failed('token_merging.py', error)
+def run(argv=None):
+    """The program, on a command line, by default that of the process."""
+    run_program('token_merging.py', main, argv)

@@ -92,7 +92,8 @@ def observe(model, images, keep_rate=None):
     with eval_mode(model):
         x, rope = model.embed(images)                                                  # (B, P + N, C)
         num_patches = x.shape[1] - model.num_prefix_tokens
-        x, done = model.run_blocks(x, rope, keep_rate, observed=() if model.cls_token is None else blocks)
+        x, done = model.run_blocks(x, rope, keep_rate, observed=() if model.cls_token is None else blocks,
+                                   prefix_only=model.reads_prefix_only())
         stages = [done[i] or Reorganization() for i in blocks]
         logits = model.classify(model.norm(x), done, num_patches)
     grid_size = model.patch_embed.dynamic_feat_size(images.shape[-2:])

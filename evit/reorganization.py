@@ -153,39 +153,6 @@ def patches_after(patches, idx, num_patches):
     return F.pad(idx if patches is None else patches.gather(1, idx), (0, 1), value=num_patches)
 
 
-def patches_per_token(kept, num_patches):
-    """How many patches each of the last tokens stands for, if every block fused the others: (B, n), integers.
-
-    A token begins as one patch; a fused one stands for all those of the tokens that it replaces, so the sum stays
-    `num_patches`.
-
-    Args:
-        kept: [(B, k) for each reorganising block], at least one.
-    """
-    sizes = torch.ones_like(kept[0][:, :1]).expand(-1, num_patches)                    # (B, N)
-    for idx in kept:
-        sizes = sizes.gather(1, idx)                                                   # (B, k)
-        sizes = torch.cat([sizes, num_patches - sizes.sum(1, keepdim=True)], dim=1)    # (B, k + 1)
-    return sizes
-
-
-def weigh_by_size(x, sizes, num_patches, include_prefix=False):
-    """Scale tokens so that their plain mean is the mean over the patches that they stand for.
-
-    Args:
-        x: (B, P + n, C), with P prefix tokens.
-        sizes: (B, n), how many patches each of the others stands for; `num_patches` in all.
-        include_prefix: whether the prefix tokens are part of the mean, as one patch each.
-    """
-    prefix, tokens = x.tensor_split([x.shape[1] - sizes.shape[1]], dim=1)
-    share = tokens.shape[1] / num_patches
-    if include_prefix:
-        share = x.shape[1] / (num_patches + prefix.shape[1])
-        prefix = prefix * share
-    weights = (sizes.to(torch.promote_types(x.dtype, torch.float32)) * share).to(x.dtype)
-    return torch.cat([prefix, tokens * weights.unsqueeze(-1)], dim=1)
-
-
 def rope_rows(rope, patches):
     """The rows of a rotary position embedding for tokens that are no longer all the patches in their order.
 

@@ -1,18 +1,10 @@
-"""From image files to pictures or pixels."""
-import contextlib
+"""From image files to pictures."""
 import io
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms.v2 import functional as F
 
 from runtime.utils import DataError, one_line
-
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:                                    # torchvision 0.29 announced its removal
-    decode_jpeg = None
 
 
 def read_file(path):
@@ -67,19 +59,6 @@ def undecodable(where, error):
     # Pillow's own text of this error names an object in memory
     unknown = isinstance(error, UnidentifiedImageError)
     return DataError(f'{where} does not decode: {"no image format of Pillow" if unknown else one_line(error)}')
-
-
-def decode_pixels(data, where):
-    """Like `decode_picture`, but → the same pixels as uint8 (3, H, W).
-
-    A colour JPEG is decoded by torchvision into a tensor, of which only a crop need be copied; other files by Pillow.
-    """
-    if decode_jpeg and data.startswith(b'\xff\xd8\xff'):
-        with contextlib.suppress(RuntimeError):        # Pillow may read what torchvision refuses, or say why not
-            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            if len(pixels) == 3:
-                return pixels
-    return F.pil_to_tensor(decode_picture(data, where))
 
 
 def load_image(path, decode=decode_picture):

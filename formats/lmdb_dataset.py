@@ -14,7 +14,8 @@ order of torchvision's ImageFolder. Its entries are:
 
 Each value is an Arrow IPC message, a record batch of the one column named above, without its schema. The exception is
 `header`, an Arrow IPC stream: a schema followed by its batch. The metadata of the schema are `format` (`folder2lmdb`),
-`version` (1) and `images`, the number of images. Names are encoded as by the file system. The last three entries are
+`version` (1) and `images`, the number of images; if larger images were re-encoded, also `short_side` and `quality`,
+and `image` has the bytes of the new JPEG. Names are encoded as by the file system. The last three entries are
 written last.
 
 Databases of the original EViT code are read too. Each of their values is 16 zero bytes and an Arrow IPC stream with one
@@ -33,6 +34,7 @@ import pyarrow as pa
 from torch.utils.data import Dataset
 
 from formats.decoding import decode_picture, undecodable
+from formats.reencoding import Reencoding
 from runtime.utils import InputError, one_line
 
 FORMAT, VERSION = b'folder2lmdb', 1
@@ -111,16 +113,17 @@ def decode_names(column):
     return [os.fsdecode(name) for name in column.to_pylist()]
 
 
-def encode_tables(classes, labels, names):
+def encode_tables(classes, labels, names, reencoding=None):
     """Names of the classes, labels and names of the images → {key: value} of the entries that are no images."""
-    return {HEADER_KEY: encode_header(len(labels), classes),
+    return {HEADER_KEY: encode_header(len(labels), classes, reencoding),
             LABELS_KEY: encode_column(pa.array(labels, pa.int32()), LABELS),
             NAMES_KEY: encode_column(encode_names(names), NAMES)}
 
 
-def encode_header(num_images, classes):
-    """Number of images and names of the classes (list of str) → the value of `header`."""
-    schema = CLASSES.with_metadata({'format': FORMAT, 'version': str(VERSION), 'images': str(num_images)})
+def encode_header(num_images, classes, reencoding=None):
+    """Number of images, names of the classes (list of str), `Reencoding` or None → the value of `header`."""
+    settings = {name: str(value) for name, value in reencoding._asdict().items()} if reencoding else {}
+    schema = CLASSES.with_metadata({'format': FORMAT, 'version': str(VERSION), 'images': str(num_images)} | settings)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as stream:
         stream.write_batch(pa.record_batch([encode_names(classes)], schema=schema))
@@ -128,7 +131,7 @@ def encode_header(num_images, classes):
 
 
 def decode_header(value, path):
-    """The value of `header` → number of images and names of the classes (list of str).
+    """The value of `header` → number of images, names of the classes (list of str), `Reencoding` or None.
 
     Raises:
         InputError: the database `path` has another format or a newer version.
@@ -141,7 +144,10 @@ def decode_header(value, path):
     if version > VERSION:
         raise InputError(f'{path} has version {version} of the format, newer than the {VERSION} known here; '
                          'update this code, or convert again with it')
-    return int(metadata[b'images']), decode_names(_validated(stream.read_next_batch()).column(0))
+    reencoding = None
+    if b'short_side' in metadata:
+        reencoding = Reencoding(int(metadata[b'short_side']), int(metadata[b'quality']))
+    return int(metadata[b'images']), decode_names(_validated(stream.read_next_batch()).column(0)), reencoding
 
 
 def legacy_key(index):
@@ -164,7 +170,7 @@ class _Database:
     def __init__(self, path, env):
         self.path, self.env, self.pid = path, env, os.getpid()
         with env.begin() as txn:
-            self.num_images, self.classes = self._decode_header(txn.get(self.header_key))
+            self.num_images, self.classes, self.reencoding = self._decode_header(txn.get(self.header_key))
 
     def _decode_header(self, value):
         return decode_header(value, self.path)
@@ -223,7 +229,7 @@ class _LegacyDatabase(_Database):
     key = staticmethod(legacy_key)
 
     def _decode_header(self, value):
-        return decode_legacy(value).as_py(), None
+        return decode_legacy(value).as_py(), None, None
 
     @functools.cached_property
     def labels(self):
@@ -307,7 +313,7 @@ def _damaged(path, error):
 # --- The data set ---------------------------------------------------------------------------------------------------
 
 class ImageFolderLMDB(Dataset):
-    """The images of a database as (RGB picture, label), equal to those of ImageFolder on the original tree.
+    """The images of a database as (RGB picture, label), equal to those of ImageFolder unless they were re-encoded.
 
     Each process opens the file when it first needs it. `close`, or the end of the last data set that reads the file,
     closes it. Opening takes the same time for any number of images. `targets` and `samples` are made on first access,
@@ -322,6 +328,7 @@ class ImageFolderLMDB(Dataset):
         classes: list of str.
         has_class_names: whether they are names, and not numbers because the database does not store names.
         class_to_idx: dict, class → label.
+        reencoding: the `Reencoding` of larger images, None if all are unchanged.
         targets: list of int.
         samples: list of (name, label). The name is the path of the image file relative to the folder of the split;
             for a database of the original code, the key.
@@ -333,7 +340,7 @@ class ImageFolderLMDB(Dataset):
         self.path = os.fspath(path)
         self.transform, self.target_transform, self.decode = transform, target_transform, decode
         self._opened = None
-        self._length = self._database.num_images
+        self._length, self.reencoding = self._database.num_images, self._database.reencoding
         self.has_class_names = bool(self._database.classes)
         self.classes = self._database.classes or [str(label) for label in range(num_classes or 1000)]
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}

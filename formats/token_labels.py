@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import get_image_size, hflip
+from torchvision.transforms import RandomHorizontalFlip
 
 from runtime.utils import DataError
 
@@ -24,7 +24,7 @@ class LabelledTokens(Dataset):
     image are not followed, as in the original.
 
     Args:
-        dataset: an ImageFolder with a transform of `build_transform` that begins with a random crop and a flip.
+        dataset: an ImageFolder with a transform of `build_transform` whose first draws are a random crop and a flip.
         folder: it has `<class>/<image>.pt` for each image, a tensor of torch.save.
     Raises:
         DataError: a map is missing, or is not of this kind, or not of the size of the first one.
@@ -41,19 +41,18 @@ class LabelledTokens(Dataset):
     def __getitem__(self, index):
         path, label = self.dataset.samples[index]
         image, label_map = self.dataset.loader(path), self.read_map(index)
-        crop, flip, *others = self.dataset.transform.transforms
-        width, height = get_image_size(image)
-        state = random.getstate()
+        crop = self.dataset.transform.transforms[0]
+        flip, = (step for step in self.dataset.transform.transforms if isinstance(step, RandomHorizontalFlip))
+        width, height = image.size
+        states = random.getstate(), torch.get_rng_state()
         top, left, rows, columns = crop.get_params(image, crop.scale, crop.ratio)
-        random.setstate(state)                         # for the crop to draw the same
+        flips = torch.rand(1) < flip.p
+        random.setstate(states[0]), torch.set_rng_state(states[1])         # for the transform to draw the same
         box = torch.tensor([left / width, top / height, (left + columns) / width, (top + rows) / height])
-        image = crop(image)
-        if torch.rand(1) < flip.p:
-            image, label_map = hflip(image), label_map.flip(-1)
+        if flips:
+            label_map = label_map.flip(-1)
             box[[0, 2]] = 1 - box[[2, 0]]
-        for transform in others:
-            image = transform(image)
-        return image, label, label_map, box
+        return self.dataset.transform(image), label, label_map, box
 
     def read_map(self, index):
         """The label map (2, 5, H, W) of an image."""

@@ -199,8 +199,17 @@ def check_real(model, images, protocol):
         first, second = logits(1), logits(0)
     if not first.isfinite().all():
         raise ValueError('the output is not finite')
-    if torch.equal(first, second):
-        raise ValueError('the output does not depend on the input')
+    if torch.equal(first, second):                     # a head that starts at zero hides the features
+        with torch.inference_mode(), eval_mode(model):
+            if not zero_heads(model) or torch.equal(*(model.forward_features(protocol.images(seed)) for seed in (1, 0))):
+                raise ValueError('the output does not depend on the input')
+
+
+def zero_heads(model):
+    """The classifiers of a timm model, if all their weights are zero, as some models start."""
+    heads = getattr(model, 'get_classifier', tuple)()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    return [] if any(value.any() for head in heads for value in head.parameters()) else [*heads]
 
 
 def measured_pass(model, images, protocol):
@@ -349,7 +358,7 @@ def report_speed(name, model, input_size, output_dir=None, **settings):
     log(report)
     if output_dir and rank() == 0:
         folder = make_output_folder(output_dir)
-        (folder / 'speed_macs.txt').write_text(report + '\n')
+        (folder / 'speed_macs.txt').write_text(report + '\n', encoding='utf-8')
         append_line(folder / 'log.txt', {'speed_images_per_second': speed.median, 'speed_gmacs': gmacs})
 
 

@@ -3,6 +3,7 @@ import argparse
 import ast
 import json
 import math
+import os
 from pathlib import Path
 
 import timm
@@ -65,7 +66,7 @@ def token_counts(text):
     try:
         if not text.endswith('.json'):
             return block_numbers(text)
-        counts = json.loads(Path(text).read_text())
+        counts = json.loads(Path(text).read_text(encoding='utf-8'))
         if isinstance(counts, list) and all(type(item) is int for item in counts):
             return tuple(counts)
         reason = 'it holds no list of integers'
@@ -88,13 +89,22 @@ def key_value(text):
 
 
 def timm_model(text):
-    """An argparse type: the name of a model that timm knows, with a tag of pretrained weights or without."""
+    """An argparse type: the name of a model that timm knows, with a tag of pretrained weights or without.
+
+    A name of older versions of timm becomes the one that timm maps it to.
+    """
+    renamed = timm.models.get_deprecated_models()
     try:
-        if timm.is_model(text):
-            timm.get_pretrained_cfg(text)
+        if text in renamed:
+            if not renamed[text]:
+                raise RuntimeError('it has been removed')
+            if os.environ.get('RANK', '0') == '0':
+                print(f'note: {text} is an old name of {renamed[text]}', flush=True)
+            return timm_model(renamed[text])
+        if timm.is_model(text) and timm.get_pretrained_cfg(text):
             return text
-        reason = 'is neither in models_evit.py nor in timm'
-    except RuntimeError as error:                      # the tag
+        reason = 'has no configuration in timm' if timm.is_model(text) else 'is neither in models_evit.py nor in timm'
+    except RuntimeError as error:                      # the tag, too
         reason = f'is not in timm: {error}'
     raise argparse.ArgumentTypeError(f'{text} {reason}')
 

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import shutil
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from runtime.arguments import block_numbers
 from runtime.distributed import all_reduce, log, rank
 from runtime.foreign_formats import classifiers, convert_weights, under_prefix
 from runtime.model_factory import MODEL_FLAGS
-from runtime.reading import DamagedCheckpoint, load_checkpoint
+from runtime.reading import NEWEST, PREVIOUS, DamagedCheckpoint, load_checkpoint
 from runtime.utils import InputError, atomic_write, one_line, open_durably
 
-NEWEST, PREVIOUS, BEST = 'checkpoint.pth', 'previous_checkpoint.pth', 'best_checkpoint.pth'
+BEST = 'best_checkpoint.pth'
 
 
 # --- Write ----------------------------------------------------------------------------------------------------------
@@ -198,11 +199,11 @@ def trained_flags(checkpoint):
 
 
 def token_fields(flags):
-    """The fields of the `TokenSettings` of a dict of flags, None each if it has no settings; {} if it says nothing."""
+    """The fields of the `TokenSettings` of a dict of flags; keep rate 1 if it has none, {} if it says nothing of tokens."""
     if not TOKEN_FLAGS & flags.keys():
         return {}
     settings = TokenSettings.of_flags(flags)
-    return {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(TokenSettings)}
+    return dataclasses.asdict(settings) if settings else {'base_keep_rate': 1.}
 
 
 def load_run(source, settings, evaluates_only):
@@ -307,12 +308,15 @@ def check_classes(checkpoint, dataset, source):
 
 def class_differences(checkpoint, dataset):
     """How the classes of a checkpoint differ from those of a data set, in words; '' if they do not, or are unknown."""
-    trained, classes = checkpoint.get('classes'), list(dataset.classes)
+    trained = checkpoint.get('classes')
     named = isinstance(trained, (list, tuple)) and all(isinstance(name, str) for name in trained)
     if not named or not trained or not getattr(dataset, 'has_class_names', True):
         return ''
     if trained_flags(checkpoint).get('use_lmdb') and list(trained) == [str(i) for i in range(len(trained))]:
         return ''                                      # of a database of the original code, which stores no names
+    # macOS writes an accent as a character of its own
+    trained, classes = ([unicodedata.normalize('NFC', str(name)) for name in names]
+                        for names in (trained, dataset.classes))
     known, found = set(trained), set(classes)
     differences = [*(f'{name} is in the checkpoint only' for name in trained if name not in found),
                    *(f'{name} is in the data only' for name in classes if name not in known)]

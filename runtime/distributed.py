@@ -212,22 +212,26 @@ def share_buffers(model):
 
 # --- Signals ----------------------------------------------------------------------------------------------------------
 
-class Stopped(Exception):
-    """The run stopped because of a signal; its state is saved."""
+class Stopped(SystemExit):
+    """The run stopped because of a signal; its state is saved.
+
+    The exit status is 143 for the signals of schedulers, so that their scripts have one status to requeue at.
+    """
 
     def __init__(self, signum):
-        super().__init__(f'stopped by {signal.Signals(signum).name}')
+        super().__init__(128 + (signum if signum in StopSignal.OF_TERMINALS else signal.SIGTERM))
         self.signum = signum
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGUSR1 or SIGUSR2, as schedulers send them, into a request that all processes agree on.
+    """Turns the signals of schedulers and terminals into a request to stop that all processes agree on.
 
     Used as a context manager. A second signal ends the process at once. Signals within half a second count as one,
     because a launcher may forward what the process has received already. A thread watches for the second signal:
     Python runs no handler while the main thread waits inside torch for other processes.
     """
-    SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+    OF_TERMINALS = signal.SIGINT, signal.SIGHUP        # Ctrl-C; the terminal was closed, or its connection lost
+    SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, *OF_TERMINALS
 
     def __init__(self, device):
         self.device = device
@@ -235,7 +239,9 @@ class StopSignal:
         self.latest = None
 
     def __enter__(self):
-        self.handlers = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+        self.handlers = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS
+                         # which nohup or a shell, for a job in the background, has set
+                         if signum not in self.OF_TERMINALS or signal.getsignal(signum) is not signal.SIG_IGN}
         arrivals, self.pipe = os.pipe()
         os.set_blocking(self.pipe, False)
         signal.set_wakeup_fd(self.pipe)
@@ -283,7 +289,7 @@ class StopSignal:
 
 
 def ignore_stop_signals(worker):
-    """Make a DataLoader worker ignore signals that a scheduler sends to all processes of a job, as the run needs it."""
+    """Make a DataLoader worker ignore signals that go to all processes of a job or a terminal, as the run needs it."""
     for signum in StopSignal.SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 

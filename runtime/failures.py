@@ -1,16 +1,20 @@
 """What happens when one of several processes fails: the others learn why and end, and the console shows it once."""
 import contextlib
+import errno
 import itertools
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
 
+import torch
 import torch.distributed as dist
 
+from runtime import program
 from runtime.utils import DataError, InputError, one_line
 
 
@@ -86,7 +90,7 @@ class Failures:
     def end(self, status, message):
         """End the process because of another one."""
         if self.rank == 0 or self.rank == 1 and message == self.describe([0]):
-            print(f'main.py: error: {message}', file=sys.stderr)
+            print(f'{program.name}: error: {message}', file=sys.stderr)
         end_process(status)
 
     def silent(self, seconds):
@@ -152,6 +156,27 @@ class Failures:
         return 1, self.describe(silent, error) if silent else f'the processes lost contact: {one_line(error)}'
 
 
+# --- Naming ---------------------------------------------------------------------------------------------------------
+
+def lack(error):
+    """What an error says that the machine lacks, and what to do, as one line; None if the error is another."""
+    text, message = str(error), one_line(error)
+    no_space = isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename
+    if (re.search('shared memory|</torch_', text)
+            or no_space and os.path.isdir('/dev/shm') and shutil.disk_usage('/dev/shm').free < 2 ** 16):
+        return (f'/dev/shm, through which DataLoader workers pass images, is full ({message.rstrip(".")}); enlarge it '
+                '(docker run --shm-size 8g), or give --num-workers 0')
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return f'out of memory; lower --batch-size: {message}'
+    if text.startswith('Too many open files'):         # of a DataLoader
+        return message
+    if isinstance(error, ConnectionResetError) or text.startswith('DataLoader worker'):
+        # Depending on the moment at which a worker dies, torch reports its death, or only the pipe to it breaks
+        prefix = 'a DataLoader worker died: ' if isinstance(error, ConnectionResetError) else ''
+        return f'{prefix}{message} It may have run out of memory: lower --num-workers or --batch-size'
+    return None
+
+
 # --- Ending ---------------------------------------------------------------------------------------------------------
 
 def end_process(status):
@@ -161,24 +186,26 @@ def end_process(status):
     os._exit(status)
 
 
-def exit_failed(program, error):
+def exit_failed(name, error):
     """End a process that failed: say why, also to the other processes, and do not wait for them.
 
-    An expected failure is one line, printed once; any other error is a traceback. The exit status is 2 for wrong input.
+    An expected failure is one line, printed once; any other error is a traceback. The exit status is 2 for wrong input,
+    130 for Ctrl-C.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # torch's handler would raise if one more worker died here
+    sys.unraisablehook = lambda _: None                # what is half made may fail again when it is taken down
     group = Failures.group
     if group:
         group.ending.acquire()                         # for ever
     found = group.cause(error) if group else None
-    status, message, shown = 1, one_line(error), True
+    status, message, shown, kind = 1, one_line(error), True, 'error: '
     if found:
         (status, message), shown = found, group.rank == 0
-    elif isinstance(error, ConnectionResetError) or str(error).startswith('DataLoader worker'):
-        # Depending on the moment at which a worker dies, torch reports its death, or only the pipe to it breaks
-        prefix = 'a DataLoader worker died: ' if isinstance(error, ConnectionResetError) else ''
-        message = (f'{prefix}{message.strip()} It may have run out of memory: lower --num-workers or '
-                   '--batch-size')
+    elif isinstance(error, KeyboardInterrupt):
+        status, message, kind = program.INTERRUPTED, 'interrupted', ''
+        shown = os.environ.get('LOCAL_RANK', '0') == '0'
+    elif found := lack(error):
+        message = found
     elif isinstance(error, (InputError, FloatingPointError, OSError)):
         status = 2 if isinstance(error, InputError) else 1
         shown = os.environ.get('LOCAL_RANK', '0') == '0' or isinstance(error, (DataError, OSError))
@@ -186,7 +213,7 @@ def exit_failed(program, error):
         traceback.print_exc()
         shown = False
     if shown:
-        print(f'{program}: error: {message}', file=sys.stderr)
+        print(f'{name}: {kind}{message}', file=sys.stderr)
     if not group:
         sys.exit(status)
     group.tell(status, message if found else f'process {group.rank}: {message}')

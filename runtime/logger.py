@@ -1,7 +1,9 @@
 """What a run reports: lines on the console, log.txt, TensorBoard."""
 import datetime
+import itertools
 import json
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -30,26 +32,29 @@ class Progress:
         lockstep: whether all processes take the same steps, as in training. Then the figures are over all of them, and
             a loss that is not finite raises FloatingPointError in all of them.
         state: `state_dict` of an interrupted pass to continue.
+        log_step: called with the step and the figures of each line, a dict; None to only print them.
     """
 
-    def __init__(self, title, num_steps, print_freq, device, lockstep=False, state=None):
+    def __init__(self, title, num_steps, print_freq, device, lockstep=False, state=None, log_step=None):
         self.title, self.num_steps, self.print_freq = title, num_steps, print_freq
-        self.device, self.lockstep = device, lockstep
+        self.device, self.lockstep, self.log_step = device, lockstep, log_step
         self.world_size = world_size() if lockstep else 1
         self.step = self.images = self.skipped = self.skipped_in_a_row = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.first_broken = torch.full((), math.inf, device=device)        # first step with a loss that is not finite
-        self.values = {}
+        self.values, self.means = {}, {}               # {name: last value}, {name: (mean, number of values)}
         if state:
             self.step, self.images = state['step'], state['images']
             self.skipped, self.skipped_in_a_row = state['skipped'], state['skipped_in_a_row']
             loss_sums = state['loss_sums']
             mine = loss_sums[rank()] if len(loss_sums) == self.world_size else loss_sums.sum() / self.world_size
             self.loss_sum += mine.to(device)
-            self.values = state['values']
+            # Older checkpoints have the last values alone
+            self.means = state.get('means') or {name: (value, self.step) for name, value in state['values'].items()}
         self.first_images = self.last_images = self.images
         self.start_step = self.step
         self.start = self.last_time = time.perf_counter()
+        self.waited = None                             # seconds for batches of `batches_of`, in this process
 
     def state_dict(self):
         """The pass so far, of all processes; raises FloatingPointError as a line would."""
@@ -58,10 +63,26 @@ class Progress:
         loss_sums[rank()] = self.loss_sum
         return {'step': self.step, 'num_steps': self.num_steps, 'images': self.images, 'skipped': self.skipped,
                 'skipped_in_a_row': self.skipped_in_a_row, 'loss_sums': all_reduce(loss_sums).cpu(),
-                'values': self.values}
+                'means': {name: (float(mean), number) for name, (mean, number) in self.means.items()}}
+
+    def batches_of(self, loader):
+        """The batches of a loader; measures the time in which they are waited for, but for the first: workers start."""
+        batches, self.waited = iter(loader), 0.
+        yield from itertools.islice(batches, 1)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def add_batch(self, loss, num_images, counts=True, **values):
-        """Add a batch: its mean loss (0-d, or None), its size, whether the figures count it, values to print."""
+        """Add a batch: its mean loss (0-d, or None), its size, whether the figures count it, and more scalars of it.
+
+        The scalars are numbers or tensors (0-d), which are not waited for between the lines; those of the first process
+        are printed, and the summary has their means. A mean of equal values is that value, to the last bit.
+        """
         self.step += 1
         if counts:
             self.images += num_images * self.world_size
@@ -69,6 +90,10 @@ class Progress:
             self.loss_sum += loss * num_images
             self.first_broken = self.first_broken.where(loss.isfinite() | (self.first_broken < self.step), self.step)
         self.values = values
+        for name, value in values.items():
+            value = value.detach().double() if isinstance(value, torch.Tensor) else value
+            mean, number = self.means.get(name, (value, 0))
+            self.means[name] = mean + (value - mean) / (number + 1), number + 1
         if self.step % self.print_freq == 0 or self.step == self.num_steps:
             self._print_line(loss)
 
@@ -92,34 +117,47 @@ class Progress:
         return mean
 
     def _print_line(self, loss):
-        losses = []
+        losses, figures = [], {}
         if loss is not None:
             loss = loss.double() / self.world_size
-            loss = (all_reduce(loss) if self.lockstep else loss).item()
-            losses = [f'loss: {loss:.4f} ({self.mean_loss():.4f})']
+            figures['loss'] = (all_reduce(loss) if self.lockstep else loss).item()
+            losses = [f'loss: {figures["loss"]:.4f} ({self.mean_loss():.4f})']
         now = time.perf_counter()
         seconds = (now - self.start) / (self.step - self.start_step) * (self.num_steps - self.step)
         speed = (self.images - self.last_images) / (now - self.last_time)
         self.last_time, self.last_images = now, self.images
+        values = {name: float(value) for name, value in self.values.items()}
+        waits = [] if self.waited is None else [f'loader_wait: {self.waited / (now - self.start):.2f}']
         parts = [f'{self.title} [{self.step:{len(str(self.num_steps))}}/{self.num_steps}]',
                  f'eta: {datetime.timedelta(seconds=round(seconds))}', *losses,
-                 *(f'{key}: {value:.4g}' for key, value in self.values.items()), f'images/s: {speed:.0f}']
+                 *(f'{key}: {value:.4g}' for key, value in values.items()), f'images/s: {speed:.0f}', *waits]
         if self.device.type == 'cuda':
             parts.append(f'memory: {torch.cuda.max_memory_allocated(self.device) / 2 ** 20:.0f} MiB')
         log('  '.join(parts))
+        if self.log_step:
+            self.log_step(self.step, {**figures, **values, 'images_per_second': speed})
 
     def summary(self):
-        """The figures of the whole pass: mean loss, images/s of the part in this process, the last values."""
+        """The figures of the whole pass: mean loss, means of the scalars; of the part in this process images/s, loader_wait.
+
+        The latter is the share of the time in which the step waited for `batches_of`, the largest of all processes.
+        """
         seconds = time.perf_counter() - self.start
+        waits = {}
+        if self.waited is not None:
+            share = torch.tensor(self.waited / seconds, device=self.device)
+            waits['loader_wait'] = (all_reduce(share, dist.ReduceOp.MAX) if self.lockstep else share).item()
         skipped = {'skipped_steps': self.skipped} if self.skipped else {}
         return {'loss': self.mean_loss(), 'images_per_second': (self.images - self.first_images) / seconds,
-                **self.values, **skipped}
+                **waits, **{name: float(mean) for name, (mean, _) in self.means.items()}, **skipped}
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 def make_output_folder(path):
     """Create a folder if it is missing → Path; InputError if it cannot be written to."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InputError(f'--output-dir {path} is a file or a broken link; name a folder, which is made if it is missing')
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -133,22 +171,33 @@ class RunLog:
     """log.txt, one JSON line per epoch, and TensorBoard's files in the output folder.
 
     An epoch is logged before its checkpoint is saved. If the run is killed in between, the epoch is trained again, so
-    its lines are removed from log.txt, and TensorBoard is told to ignore its events.
+    its lines are removed from log.txt, and TensorBoard is told to ignore its events. The figures of single steps, whose
+    numbers are others than those of the epochs, are in the folder `steps`, for TensorBoard a run of its own.
 
     Args:
         folder: Path of the output folder; None to write nothing.
         epoch: the first epoch that this run will log.
+        steps: how many steps of training are done.
         resumed: whether the folder may have entries of that epoch or later ones from before.
+        overwrites: whether entries of all epochs are to go.
+        flags: dict to show in TensorBoard.
     """
 
-    def __init__(self, folder, epoch, resumed):
+    def __init__(self, folder, epoch, steps=0, resumed=False, overwrites=False, flags={}):
         self.folder = folder
         if folder:
-            if resumed:
-                cut_log(folder / 'log.txt', epoch)
+            if resumed or overwrites:
+                cut_log(folder / 'log.txt', 0 if overwrites else epoch)
+            (folder / 'steps').mkdir(exist_ok=True)
             # SummaryWriter would write in a thread, which may be late when the run is killed
-            self.events = EventsWriter(str(folder / 'events'))
-            self._write_event(epoch, session_log=SessionLog(status=SessionLog.START))
+            self.events, self.step_events = (EventsWriter(str(path / 'events')) for path in (folder, folder / 'steps'))
+            start = SessionLog(status=SessionLog.START)
+            self._write_event(0 if overwrites else epoch, session_log=start)
+            self._write_event(0 if overwrites else steps + 1, self.step_events, session_log=start)
+            table = '\n'.join(['| flag | value |', '|---|---|', *(
+                f'| --{name.replace("_", "-")} | {value} |' for name, value in sorted(flags.items()))])
+            shown = table.encode(errors='backslashreplace').decode()       # the name of a file may be any bytes
+            self._write_event(epoch, summary=summary.text('flags', shown))
 
     def log_epoch(self, epoch, stats, num_parameters):
         """Log the figures of an epoch, a dict of numbers, and the number of trained parameters."""
@@ -157,14 +206,21 @@ class RunLog:
             for name, value in stats.items():
                 self._write_event(epoch, summary=summary.scalar(name.replace('_', '/', 1), value))
 
+    def log_step(self, step, figures):
+        """Log the figures of one step, counted over all epochs, a dict of numbers."""
+        if self.folder:
+            for name, value in figures.items():
+                self._write_event(step, self.step_events, summary=summary.scalar(f'step/{name}', value))
+
     def log_image(self, epoch, tag, pixels):
         """Show TensorBoard an image, uint8 (H, W, 3)."""
         if self.folder:
             self._write_event(epoch, summary=summary.image(tag, pixels, dataformats='HWC'))
 
-    def _write_event(self, epoch, **content):
-        self.events.write_event(Event(step=epoch, wall_time=time.time(), **content))
-        self.events.flush()
+    def _write_event(self, step, events=None, **content):
+        events = events or self.events
+        events.write_event(Event(step=step, wall_time=time.time(), **content))
+        events.flush()
 
     def __enter__(self):
         return self
@@ -172,6 +228,7 @@ class RunLog:
     def __exit__(self, *_):
         if self.folder:
             self.events.close()
+            self.step_events.close()
 
 
 def append_line(path, stats):

@@ -1,7 +1,12 @@
 """Models by name: timm's, as they are or turned into an EViT, and the flags that name them."""
 import argparse
+import difflib
+import inspect
+import logging
+import re
 
 import timm
+import torch
 from timm.layers import to_2tuple
 
 from evit.reorganization import SCORES, WAYS
@@ -71,6 +76,7 @@ def create_model(name, *, pretrained=False, new_head=True, input_size=None, toke
 
 def create_from_timm(name, pretrained, options, model_kwargs):
     """`timm.create_model`, whose errors become one line; without stochastic depth if the model has none."""
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)           # each retry, before the error
     while True:
         try:
             return timm.create_model(name, pretrained=pretrained, **options, **model_kwargs)
@@ -79,6 +85,9 @@ def create_from_timm(name, pretrained, options, model_kwargs):
             if "'drop_path_rate'" in str(error) and options.get('drop_path_rate') is not None:
                 log(f'note: {name} takes no --drop-path')
                 options = options | {'drop_path_rate': None}
+            elif (unknown := re.search("unexpected keyword argument '(\\w+)'", str(error))) and unknown[1] in model_kwargs:
+                raise InputError(f'--model-kwargs: {name} has no argument {unknown[1]}{arguments_of(name, unknown[1])}'
+                                 ) from None
             elif pretrained:
                 raise InputError(f'--pretrained: the weights of {name}{given} cannot be loaded: {one_line(error)}'
                                  ) from None
@@ -86,6 +95,20 @@ def create_from_timm(name, pretrained, options, model_kwargs):
                 raise InputError(f'--model {name}{given}: {one_line(error)}') from None
             else:
                 raise
+
+
+def arguments_of(name, wrong):
+    """', but …': the arguments that a model of timm takes, with that first which a `wrong` one resembles; '' if unknown."""
+    try:
+        with torch.device('meta'):                     # without weights
+            kinds = type(timm.create_model(name)).__mro__
+    except Exception:                                  # some models need values
+        return ''
+    kinds = kinds[:kinds.index(torch.nn.Module)]
+    known = sorted({key for kind in kinds for key in inspect.signature(kind.__init__).parameters}
+                   - RESERVED - {'self', 'args', 'kwargs'})
+    similar = difflib.get_close_matches(wrong, known, n=1)
+    return f', but {", ".join(similar + [key for key in known if key not in similar])}'
 
 
 def explain_new_head(name, known, num_classes, new_head):
@@ -142,7 +165,10 @@ def fill_model_arguments(args, parser, trained=None, as_evit=False):
                 parser.error(f'--token-counts takes no {flag_of(name)}')
     for name in MODEL_FLAGS:
         setattr(args, name, getattr(args, name) or trained.get(name))
-    args.model, args.pretrained = args.model or DEFAULT_MODEL, bool(args.pretrained)
+    try:
+        args.model, args.pretrained = timm_model(args.model or DEFAULT_MODEL), bool(args.pretrained)
+    except argparse.ArgumentTypeError as error:        # the name in the checkpoint
+        parser.error(f'the model of the checkpoint {error}; give --model')
     args.model_kwargs = dict(args.model_kwargs or {})
     args.input_size = args.input_size or input_of(args.model, args.pretrained)[0]
     try:

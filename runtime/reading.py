@@ -21,6 +21,7 @@ from timm.models import clean_state_dict
 from runtime.distributed import log, rank
 from runtime.utils import InputError, one_line
 
+NEWEST, PREVIOUS = 'checkpoint.pth', 'previous_checkpoint.pth'             # in the output folder of a run
 CHECKSUM = re.compile(r'-([0-9a-f]{8,})\.[^.]+$')      # in the names of torch's own files: the start of their SHA-256
 
 
@@ -29,13 +30,16 @@ class DamagedCheckpoint(InputError):
 
 
 def load_checkpoint(source):
-    """Read a checkpoint from a file or an https address to the CPU.
+    """Read a checkpoint from a file, the newest of a folder, or an https address, to the CPU.
 
     Returns:
         The checkpoint, a dict with the key 'model'; a state dict, bare or under a usual name, is put under that key.
     Raises:
         InputError: the file does not exist or cannot be read; DamagedCheckpoint: it is no checkpoint.
     """
+    if os.path.isdir(source):
+        source = next((str(path) for name in (NEWEST, PREVIOUS) if (path := Path(source) / name).is_file()),
+                      str(Path(source) / NEWEST))
     if not source.startswith('https://'):
         return read_checkpoint(source, source)
     path = download(source)
@@ -101,9 +105,9 @@ def parse(data, source):
     except Exception as error:
         # Bytes that are no checkpoint raise anything. torch's own message recommends to switch the protection off
         refused = isinstance(error, pickle.UnpicklingError) and re.search(r'GLOBAL (\S+)', str(error))
-        if refused:
+        if refused or 'TorchScript' in str(error):
             raise DamagedCheckpoint(
-                f'{source} is not loaded: it holds {refused[1]}, which could run code. In a program that you trust '
+                f'{source} is not loaded: it holds {refused[1] if refused else "a program of TorchScript"}, which could run code. In a program that you trust '
                 "with the file, save the weights alone: torch.save({'model': model.state_dict()}, FILE)") from None
         if data.lstrip()[:1] == b'<':
             raise DamagedCheckpoint(f'{source} is not a checkpoint but a web page, perhaps one to sign in') from None

@@ -24,6 +24,15 @@ def one_line(error):
     return ' '.join(re.sub(r'^runtime\.utils\.\w+: ', '', lines[-1]).split())
 
 
+def missing_split(flag, root, split, or_else=''):
+    """An InputError: the folder `root`, which a flag names, lacks a split, or is itself one, or no folder at all."""
+    root = Path(root)
+    if not root.is_dir():
+        return InputError(f'{flag} {root} is not a folder')
+    hint = f'; give {root.absolute().parent}?' if (root.absolute().parent / split).exists() else ''
+    return InputError(f'{flag} {root} has no {split}/ folder{or_else}; {split}/<class>/<image> is expected{hint}')
+
+
 # --- Random numbers and precision -----------------------------------------------------------------------------------
 
 def seed_all(*key):

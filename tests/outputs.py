@@ -23,12 +23,17 @@ def result(folder):
     checkpoints = [checkpoint(folder, name) for name in ('checkpoint.pth', 'best_checkpoint.pth')]
     for state in checkpoints:
         del state['args']                                                  # args contain the output folder
-    timeless = [{key: value for key, value in line.items() if not is_time(key)} for line in log_lines(folder)]
-    return [*checkpoints, timeless, {tag: points for tag, points in tensorboard(folder).items() if not is_time(tag)}]
+    return [*checkpoints, [timeless(line) for line in log_lines(folder)],
+            *(timeless(tensorboard(run)) for run in (folder, Path(folder) / 'steps'))]
+
+
+def timeless(values):
+    """A dict without what depends on the clock."""
+    return {name: value for name, value in values.items() if not is_time(name)}
 
 
 def is_time(name):
-    return name.endswith('per_second')
+    return name.endswith(('per_second', 'loader_wait'))
 
 
 def tensorboard(folder):
@@ -42,6 +47,8 @@ def tensorboard(folder):
             for tag, old in points.items():
                 points[tag] = [point for point in old if point[0] < event.step]
         for value in event.summary.value:
+            if value.HasField('tensor'):                                   # the flags, which contain the output folder
+                continue
             shown = value.image.encoded_image_string or value.simple_value
             points.setdefault(value.tag, []).append((event.step, shown))
     return points

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -24,6 +25,7 @@ from conftest import TINY
 from databases import PICTURES, database, legacy, make_tree, pixels, tree, write_lmdb  # noqa: F401 (fixtures)
 from folder2lmdb import ImageFolderLMDB
 from formats import lmdb_dataset
+from outputs import timeless
 from runtime.utils import InputError, atomic_write
 
 SCRIPT = Path(folder2lmdb.__file__)
@@ -36,7 +38,8 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', ['folder2lmdb.py', *map(str, arguments)])
         capsys.readouterr()
         try:
-            status = folder2lmdb.main()
+            folder2lmdb.run()
+            status = 0
         except SystemExit as leaving:
             status = leaving.code
         return status, *capsys.readouterr()
@@ -84,7 +87,7 @@ def test_training_and_evaluation_from_tree_and_database(tmp_path, command, capsy
         main.main(main.parse_args([*map(str, flags), *use_lmdb, '--epochs', '1', '--output-dir', str(folder)]))
         capsys.readouterr()
         stats = json.loads((folder / 'log.txt').read_text())
-        logged.append({name: value for name, value in stats.items() if 'second' not in name})
+        logged.append(timeless(stats))
         main.main(main.parse_args([*map(str, flags), *use_lmdb, '--eval', '--resume', str(folder / 'checkpoint.pth')]))
         printed.append(figures(capsys.readouterr().out))
     assert printed[0] == printed[1] and len(printed[0]) == 4 and logged[0] == logged[1]
@@ -128,8 +131,8 @@ def test_wrong_input(tmp_path, command):
     (tmp_path / 'full').mkdir()
     for arguments, message in [
             ([], '--dir'),
-            (['--dir', tmp_path / 'nowhere'], 'nowhere/train is not a folder'),
-            (['--dir', tmp_path, '--splits', 'train,no'], f'{tmp_path}/no is not a folder'),
+            (['--dir', tmp_path / 'nowhere'], 'nowhere is not a folder'),
+            (['--dir', tmp_path, '--splits', 'train,no'], f'{tmp_path} has no no/ folder; no/<class>/<image> is expected'),
             (['--dir', tmp_path, '--splits', 'val'], 'val'),
             (['--dir', tmp_path, '--splits', 'test'], 'hollow'),
             (['--dir', tmp_path, '--splits', 'train/'], "--splits: takes names of folders in --dir, .*, not 'train/'"),
@@ -137,7 +140,7 @@ def test_wrong_input(tmp_path, command):
             (['--dir', tmp_path, '--splits', 'train,train'], "--splits: .*not 'train,train'"),
             (['--dir', tmp_path, '--splits', 'full', '--force'], 'full.lmdb is a folder; remove it first'),
             (['--dir', tmp_path, '--workers', '0'], 'argument --workers: must be above 0, not 0'),
-            (['--dir', tmp_path, '--verify', '--splits', 'no'], f'neither {tmp_path}/no nor {tmp_path}/no.lmdb')]:
+            (['--dir', tmp_path, '--verify', '--splits', 'no'], f'{tmp_path} has no no/ folder and no no.lmdb; no/<class>')]:
         status, out, err = command(*arguments)
         assert status == 2 and not out
         assert re.fullmatch(rf'folder2lmdb.py: error: .*{message}.*\n', err), err
@@ -343,3 +346,66 @@ def test_interrupted_conversion(fault, status, tmp_path, child):
     process = child(**fault)
     process.join()
     assert process.exitcode == status and os.listdir(tmp_path) == ['train']
+
+
+# --- Smaller images -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def sizes(tmp_path):
+    """Splits train and val: pictures of 60×40, upright, of the short side itself, and smaller; one is a PNG."""
+    for split in ('train', 'val'):
+        folder = tmp_path / split / 'a'
+        folder.mkdir(parents=True)
+        for i, (size, kind) in enumerate([((60, 40), 'JPEG'), ((33, 90), 'PNG'), ((20, 50), 'JPEG'), ((9, 7), 'PNG')]):
+            pixels = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f'{i}.{kind.lower()}', kind)
+    return tmp_path
+
+
+def test_short_side(sizes, command, capsys):
+    """Larger training images are JPEGs of the size, others and the validation images the files; the header says so."""
+    status, out, err = command('--dir', sizes, '--short-side', '20', '--quality', '95')
+    assert status == 0, err
+    note = 're-encoded to a shorter side of 20 pixels at most, JPEG quality 95'
+    assert [line.endswith(note) for line in out.splitlines()] == [True, False]
+    assert re.search(r'train.lmdb: 100%.*4/4 \[.*<.*images/s', err)                            # with an ETA
+    train, val = (lmdb_dataset.open_database(str(sizes / f'{split}.lmdb')) for split in ('train', 'val'))
+    assert train.reencoding == (20, 95) and str(train.reencoding) == note and val.reencoding is None
+    assert ImageFolderLMDB(sizes / 'train.lmdb').reencoding == (20, 95)
+    files = [Path(file) for file, _ in ImageFolder(sizes / 'train').samples]
+    assert [train.load(i)[0].size for i in range(4)] == [(30, 20), (20, 55), (20, 50), (9, 7)]
+    assert [train.read(i)[0] == file.read_bytes() for i, file in enumerate(files)] == [False, False, True, True]
+    assert [val.read(i)[0] for i in range(4)] == [file.read_bytes() for file in files]         # equal in both splits
+    for i, size in ((0, (30, 20)), (1, (20, 55))):
+        expected = Image.open(files[i]).convert('RGB').resize(size, Image.BICUBIC)
+        difference = np.asarray(train.load(i)[0]).astype(int) - np.asarray(expected)
+        assert train.read(i)[0].startswith(b'\xff\xd8\xff') and np.abs(difference).mean() < 8
+    status, out, _ = command('--dir', sizes, '--verify')
+    assert status == 0 and out.count(': 0 of 4 images do not decode') == 4
+    flags = [*TINY, '--data-path', str(sizes), '--use-lmdb', '--batch-size', '2', '--epochs', '1', '--no-repeated-aug']
+    main.main(main.parse_args(flags))
+    printed = capsys.readouterr().out
+    assert f'train.lmdb: images are {note}' in printed and 'val.lmdb: images' not in printed
+
+
+def test_short_side_of_validation_images_by_name(sizes, command):
+    assert command('--dir', sizes, '--short-side', '20', '--splits', 'val')[0] == 0
+    database = lmdb_dataset.open_database(str(sizes / 'val.lmdb'))
+    assert database.reencoding == (20, 92) and database.load(0)[0].size == (30, 20)
+
+
+def test_database_without_short_side_as_before(sizes, tmp_path):
+    """Byte for byte, and its header has no more than the three entries of old."""
+    for name, options in (('a', {}), ('b', {'reencoding': None, 'workers': 3})):
+        folder2lmdb.convert(str(sizes / 'train'), str(tmp_path / name), **options)
+    assert (tmp_path / 'a').read_bytes() == (tmp_path / 'b').read_bytes()
+    header = lmdb_dataset.encode_header(4, ['a'])
+    assert pa.ipc.open_stream(header).schema.metadata == {b'format': b'folder2lmdb', b'version': b'1', b'images': b'4'}
+
+
+def test_short_side_of_an_image_that_does_not_decode(sizes, command):
+    (sizes / 'train' / 'a' / '1.png').write_bytes(b'no picture')
+    status, _, err = command('--dir', sizes, '--short-side', '20')
+    assert status == 2 and err.splitlines()[-1] == (
+        f'folder2lmdb.py: error: {sizes}/train/a/1.png does not decode: no image format of Pillow')
+    assert not list(sizes.glob('*.lmdb*'))

@@ -173,13 +173,13 @@ def start(folder, stop_after, environment):
 def test_stop_and_resumption(in_group, tmp_path):
     """In a group, the process agrees on the signal over NCCL, and leaves the group after a barrier."""
     backend = 'nccl' if DEVICE == 'cuda' else 'gloo'
-    for stop_after, status in (('Epoch: [0] [ 3/', 128 + signal.SIGTERM), (None, 0)):
+    for stop_after, status in (('Epoch: [0/2] [ 3/', 128 + signal.SIGTERM), (None, 0)):
         ended, printed = start(tmp_path, stop_after, group_of_one() if in_group else {})
         assert ended == status, printed
         assert f'1 process(es) on {DEVICE}' in printed and (f'DDP over {backend}' in printed) == in_group
         assert ('the state is saved' in printed) == bool(stop_after)
-        steps = re.findall(r'^(?:Epoch: \[0\] \[ 1/|Test|Epoch)', printed, re.MULTILINE)
-        assert (steps[0] == 'Epoch: [0] [ 1/') == bool(stop_after)         # the second run does not start anew
+        steps = re.findall(r'^(?:Epoch: \[0/2\] \[ 1/|Test|Epoch)', printed, re.MULTILINE)
+        assert (steps[0] == 'Epoch: [0/2] [ 1/') == bool(stop_after)         # the second run does not start anew
     assert [line['epoch'] for line in log_lines(tmp_path)] == [0, 1]
 
 

@@ -1,5 +1,5 @@
 """loader_benchmark.py: the compared pipelines, images/s, time per stage, command line."""
-import runpy
+import importlib
 import sys
 
 import pytest
@@ -8,7 +8,6 @@ import torch
 import folder2lmdb
 import loader_benchmark
 import speed_test
-from conftest import ROOT
 from loader_benchmark import LoadingProtocol, loading_rate, pipelines, time_stages
 from runtime.utils import InputError
 
@@ -58,10 +57,10 @@ def test_names_of_pipelines(both, tmp_path):
     """The plain pipeline reads image files, or the database if there are no image files."""
     training = list(pipelines(both, True, protocol()))
     assert [pipeline.name for pipeline in training] == [
-        'train, ImageFolder, plain', 'train, ImageFolder', 'train, ImageFolder, --fast-resize',
-        'train, ImageFolderLMDB', 'train, ImageFolderLMDB, --fast-resize']
+        'train, ImageFolder, plain', 'train, ImageFolder', 'train, ImageFolder, --fast-transforms',
+        'train, ImageFolderLMDB', 'train, ImageFolderLMDB, --fast-transforms']
     crops = [type(pipeline.dataset.transform.transforms[0]).__name__ for pipeline in training]
-    assert [crop == 'FastRandomResizedCrop' for crop in crops] == [False, False, True, False, True]
+    assert [crop == 'DecodedCrop' for crop in crops] == [False, False, True, False, True]
     (tmp_path / 'val.lmdb').symlink_to(both / 'val.lmdb')
     names = [pipeline.name for pipeline in pipelines(tmp_path, False, protocol())]
     assert names == ['val, ImageFolderLMDB, plain', 'val, ImageFolderLMDB']
@@ -122,9 +121,10 @@ def test_command_line(both, capsys):
 def test_folder_without_images(program, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [*program, '--data-path', str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / program[0]), run_name='__main__')
+        importlib.import_module(program[0].removesuffix('.py')).run()
     assert stopped.value.code == 2 and capsys.readouterr() == (
-        '', f'{program[0]}: error: --data-path {tmp_path} has neither train/ nor train.lmdb\n')
+        '', f'{program[0]}: error: --data-path {tmp_path} has no train/ folder and no train.lmdb; '
+        'train/<class>/<image> is expected\n')
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -153,5 +153,5 @@ def test_defaults():
 
 def test_missing_split(both, tmp_path):
     (tmp_path / 'train.lmdb').symlink_to(both / 'train.lmdb')
-    with pytest.raises(InputError, match='has neither val/ nor val.lmdb'):
+    with pytest.raises(InputError, match='has no val/ folder and no val.lmdb'):
         loader_benchmark.main(['--data-path', str(tmp_path), *QUICK])

@@ -157,7 +157,7 @@ def test_comparison_with_plain_evits():
                    fuse_token=True, reference=True)
     assert [row['model'] for row in rows] == [f'{TINY}@0.5', 'deit_tiny_patch16_224', 'plain@0.5, bfloat16 autocast',
                                               'plain@0.5, float32, gradients on']
-    assert rows[2]['gmacs'] == pytest.approx(rows[0]['gmacs'], rel=0.02)
+    assert 0.9 < rows[0]['gmacs'] / rows[2]['gmacs'] < 1               # the plain one computes all of the last block
     assert all(row['speed'].protocol == row['protocol'] and row['ratio'] > 0 for row in rows)
     assert all(0 < row['share'] < 1 for row in rows[:3]) and 'share' not in rows[3]
     assert list(format_table(rows))[4].split()[-2] == '–'
@@ -282,6 +282,13 @@ def test_command_line(tmp_path, capsys):
     assert all(float(row['min']) <= float(row['median']) <= float(row['max']) for row in rows)
     with Image.open(picture) as opened:
         assert opened.format == 'PNG'
+
+
+def test_head_that_starts_at_zero():
+    """Each runtime shows whether it works."""
+    model = speed_test.build_candidate(speed_test.Candidate('resmlp_12_224', input_size=32), fuse_token=False)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 32, 32)).any()
 
 
 @pytest.mark.parametrize('factor, status', [(1., 0), (torch.nan, 1)])

@@ -1,6 +1,7 @@
 """run_with_submitit.py without a cluster: the requests to submitit, and the job."""
-import runpy
+import os
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -57,6 +58,13 @@ def test_no_setting_of_a_particular_site(submitit):
     assert submitit.folder == 'runs/submitit/%j'
 
 
+def test_overwrite(submitit, capsys):
+    """Each time that it is requeued, the job would begin anew."""
+    with pytest.raises(SystemExit):
+        run([*FLAGS, '--overwrite'])
+    assert 'does not go with a job' in capsys.readouterr().err and not hasattr(submitit, 'job')
+
+
 def test_without_gpus(submitit):
     run([*FLAGS, '--ngpus', '0'])
     assert submitit.parameters['ntasks_per_node'] == 1 and 'gpus_per_node' not in submitit.parameters
@@ -78,7 +86,7 @@ def test_command_of_a_job(submitit, monkeypatch, tmp_path, flags, expected):
 
 
 @pytest.mark.parametrize('error, status', [
-    (Stopped(signal.SIGUSR2), 143), (Stopped(signal.SIGTERM), 143), (InputError('wrong'), 2)])
+    (Stopped(signal.SIGUSR2), 143), (Stopped(signal.SIGTERM), 143), (Stopped(signal.SIGINT), 130), (InputError('wrong'), 2)])
 def test_exit_status_of_a_job(submitit, monkeypatch, error, status):
     def stop(args):
         assert signal.getsignal(signal.SIGUSR2) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -99,13 +107,15 @@ def test_wrong_flags(submitit, capsys, flags):
     assert capsys.readouterr().err.count('\n') == 1
 
 
-def test_without_submitit(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'submitit', None)
-    monkeypatch.setattr(sys, 'argv', ['run_with_submitit.py'])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / 'run_with_submitit.py'), run_name='__main__')
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count('\n') == 1 and 'pip install -r requirements-submitit.txt' in error
+def test_without_submitit(tmp_path):
+    """One line, but --help has no need of it."""
+    (tmp_path / 'submitit.py').write_text('raise ImportError')
+    for flags, status in (([], 2), (['--help'], 0)):
+        done = subprocess.run([sys.executable, ROOT / 'run_with_submitit.py', *flags], capture_output=True, text=True,
+                              env=os.environ | {'PYTHONPATH': str(tmp_path)})
+        assert done.returncode == status, done.stderr
+        assert done.stderr == '' if flags else (
+            done.stderr.count('\n') == 1 and 'pip install -r requirements-submitit.txt' in done.stderr)
 
 
 def test_without_slurm(submitit, monkeypatch, capsys):

@@ -2,6 +2,8 @@ import io
 import os
 import shutil
 import signal
+import types
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from conftest import PLAIN, TINY, open_picture, reference
 from datasets import DeviceLoader
 from engine import keep_rate_at
 from main import parse_args
-from outputs import assert_same, checkpoint, events, log_lines, result
+from outputs import assert_same, checkpoint, events, log_lines, result, tensorboard
 from runtime.checkpoint import CheckpointWriter, load_run, write_checkpoint
-from runtime.distributed import Stopped
+from runtime.distributed import StopSignal, Stopped
+from runtime.logger import Progress
 from runtime.utils import InputError, choose_amp_dtype, seed_all
 from samplers import TrainSampler
 from trainer import EmaInMainMemory, Trainer
@@ -57,7 +60,8 @@ def test_mode_while_finetuning_and_distilling():
 
 @pytest.mark.parametrize('flags', [
     ['--batch-size', '4', '--accum-steps', '2'],
-    ['--batch-size', '8', '--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1']], ids=' '.join)
+    ['--batch-size', '8', '--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1',
+     '--fast-transforms']], ids=' '.join)
 def test_resume_at_any_step_bit_for_bit(flags, image_folder, tmp_path, monkeypatch, one_thread):
     flags = [*TINY, '--data-path', str(image_folder), '--epochs', '3', '--shrink_epochs', '2',
              '--model-ema-decay', '0.9', '--checkpoint-interval', '1', *flags]         # with all augmentation
@@ -169,16 +173,17 @@ def test_resume_with_a_plateau_schedule():
     assert {group['weight_decay'] for group in resumed.optimizer.param_groups} == {0., 0.3}
 
 
-@pytest.mark.parametrize('where, accum_steps', [('training', 1), ('evaluation', 1), ('evaluation', 2)])
-def test_signal_and_resume_bit_for_bit(where, accum_steps, image_folder, tmp_path, monkeypatch,
-                                                       one_thread):
+@pytest.mark.parametrize('where, accum_steps, signum', [
+    ('training', 1, signal.SIGUSR1), ('evaluation', 1, signal.SIGINT), ('evaluation', 2, signal.SIGHUP)])
+def test_signal_and_resume_bit_for_bit(where, accum_steps, signum, image_folder, tmp_path, monkeypatch, one_thread):
+    previous = [signal.signal(number, signal.SIG_DFL) for number in StopSignal.OF_TERMINALS]   # which may be ignored
     flags = [*TINY, '--data-path', str(image_folder), '--batch-size', '8', '--epochs', '2', '--resume', 'auto',
              '--accum-steps', str(accum_steps)]
     main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'whole')]))
     calls, function = [], 'train_one_epoch' if where == 'training' else 'evaluate'
 
     def signal_and_call(*arguments, **options):
-        calls.append(signal.raise_signal(signal.SIGUSR1))
+        calls.append(signal.raise_signal(signum))
         return original(*arguments, **options)
 
     module = trainer if where == 'training' else main
@@ -186,7 +191,10 @@ def test_signal_and_resume_bit_for_bit(where, accum_steps, image_folder, tmp_pat
     monkeypatch.setattr(module, function, signal_and_call)
     with pytest.raises(Stopped) as stopped:
         main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'stopped')]))
-    assert stopped.value.signum == signal.SIGUSR1 and len(calls) == 1
+    for number, handler in zip(StopSignal.OF_TERMINALS, previous):
+        signal.signal(number, handler)
+    status = {signal.SIGUSR1: 143, signal.SIGINT: 130, signal.SIGHUP: 129}[signum]
+    assert (stopped.value.signum, stopped.value.code) == (signum, status) and len(calls) == 1
     assert checkpoint(tmp_path / 'stopped')['progress']['step'] == (1 if where == 'training' else 3)
     monkeypatch.setattr(module, function, original)
     main.main(parse_args([*flags, '--output_dir', str(tmp_path / 'stopped')]))
@@ -216,12 +224,41 @@ def test_order_keep_rate_evaluation_and_best_of_each_epoch(image_folder, tmp_pat
         '--shrink_start_epoch', '1', '--shrink_epochs', '4', '--output_dir', str(tmp_path), '--sched', 'step',
         '--decay-epochs', '2']))
     lines = log_lines(tmp_path)
-    expected = [keep_rate_at(3 * epoch + 2, 3, 1, 4, 0.7) for epoch in range(6)]
-    assert [line['train_keep_rate'] for line in lines] == expected and len(set(expected)) == 6
+    rates = [[keep_rate_at(3 * epoch + step, 3, 1, 4, 0.7) for step in range(3)] for epoch in range(6)]
+    assert [line['train_keep_rate'] for line in lines] == pytest.approx([np.mean(three) for three in rates])
+    assert rates[0][-1] == 1 and rates[-1][-1] == 0.7 and len({three[-1] for three in rates}) == 6
+    shown = tensorboard(tmp_path / 'steps')['step/keep_rate']
+    assert shown == [(3 * epoch + 3, pytest.approx(three[-1])) for epoch, three in enumerate(rates)]
     assert [key for share in orders for _, key in share] == [(0, epoch, i) for epoch in range(6) for i in range(24)]
     assert len({tuple(index for index, _ in share) for share in orders}) == 6
     assert ['test_acc1' in line for line in lines] == [False, True] * 3
     assert best == [False, True, False, True, False, False]
+
+
+def test_scalar_that_somebody_adds(image_folder, tmp_path, monkeypatch, capsys):
+    """It appears on the console, in log.txt as its mean, and in TensorBoard for the epoch and at --print-freq steps."""
+    add = Progress.add_batch
+
+    def add_one_more(self, *batch, lr=None, **scalars):
+        more = {} if lr is None else {'lr': lr, 'squared_step': torch.tensor(float(self.step)) ** 2}
+        add(self, *batch, **more, **scalars)
+
+    monkeypatch.setattr(Progress, 'add_batch', add_one_more)
+    main.main(parse_args([*PLAIN, '--data-path', str(image_folder), '--batch-size', '6', '--epochs', '2', '--print-freq',
+                          '2', '--output_dir', str(tmp_path)]))
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('Epoch: ')]
+    assert [line[:18] for line in printed] == ['Epoch: [0/2] [2/4]', 'Epoch: [0/2] [4/4]', 'Epoch: [1/2] [2/4]',
+                                               'Epoch: [1/2] [4/4]']
+    assert ['  squared_step: 1  ' in line for line in printed] == ['  squared_step: 9  ' not in line for line in printed]
+    lines, steps = log_lines(tmp_path), tensorboard(tmp_path / 'steps')
+    assert [line['train_squared_step'] for line in lines] == [(0 + 1 + 4 + 9) / 4] * 2
+    assert [line['train_keep_rate'] for line in lines] == [0.7] * 2        # to the last bit
+    assert tensorboard(tmp_path)['train/squared_step'] == [(0, 3.5), (1, 3.5)]
+    assert steps['step/squared_step'] == [(2, 1.), (4, 9.), (6, 1.), (8, 9.)]
+    assert steps.keys() == {f'step/{name}' for name in ('loss', 'lr', 'keep_rate', 'squared_step', 'images_per_second')}
+    text, = (value.tensor.string_val[0].decode() for event in events(tmp_path) for value in event.summary.value
+             if value.tag == 'flags/text_summary')
+    assert '| --print-freq | 2 |' in text and f'| --output-dir | {tmp_path} |' in text
 
 
 def test_workers_begin_with_the_next_epoch_during_an_evaluation(image_folder, tmp_path, monkeypatch):
@@ -279,6 +316,12 @@ def test_erasing_flags(flags, expected):
     assert expected == (erase and (erase.probability, erase.per_pixel, erase.rand_color, erase.max_count))
 
 
+def test_no_clipping():
+    """0 is none, as for mixup and cutmix."""
+    for flags in ([], ['--clip-grad', '0']):
+        assert build_trainer(parse_args([*TINY, *flags])).train_one_epoch.keywords['clip_grad'] is None
+
+
 def test_flags_of_an_epoch():
     """`train_one_epoch` receives each flag."""
     expected = dict(seed=5, clip_grad=0.3, accum_steps=2, skip_nonfinite=4, print_freq=9, amp_dtype=torch.bfloat16)
@@ -317,3 +360,16 @@ def test_masks_are_logged_for_an_evit_with_a_folder(flags, logs, tmp_path):
     args = parse_args(['--output_dir', str(tmp_path), '--device', 'cpu', *flags])
     *_, mask_loader = main.build_loaders(args, CPU)
     assert bool(mask_loader) == logs and (not logs or len(mask_loader.dataset) == 8)
+
+
+@pytest.mark.parametrize('share, lines', [(0.19, 0), (0.21, 1)])
+def test_line_about_a_slow_loader(share, lines, monkeypatch, capsys):
+    training = build_trainer(parse_args([*PLAIN, '--epochs', '1']))
+    training.loader = MagicMock()
+    progress = types.SimpleNamespace(summary=lambda: {'loader_wait': share}, state_dict=dict)
+    monkeypatch.setattr(training, 'train_one_epoch', lambda *_, **__: progress)
+    monkeypatch.setattr(training, 'start_step', lambda _: 0)
+    assert training.train_epoch(training.model) == {'train_loader_wait': share}
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == lines and all('21% of the time' in line and all(
+        name in line for name in ('--num-workers', '--fast-transforms', 'LMDB')) for line in printed)

@@ -453,7 +453,7 @@ def test_sheets_change_no_generator_and_no_mode():
 def test_notebook_lines_of_the_docs():
     block, = (block for block in (ROOT / 'docs' / 'models.md').read_text().split('```') if 'kept_patches' in block)
     lines = block.removeprefix('python\n').splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     shown = []
     names = dict(model=create(num_classes=2).train(), images=random_images(), labels=torch.tensor([0, 1, 1]),
                  classes=['cat', 'dog'], plt=SimpleNamespace(imshow=shown.append))
@@ -466,7 +466,7 @@ def test_notebook_lines_of_the_docs():
 @pytest.mark.parametrize('name, kwargs, size, grid', [MODELS[1], MODELS[2], MODELS[6]])
 def test_patches_that_became_one_token(name, kwargs, size, grid):
     """Against sets of patches, joined one by one; a merged patch has the mean colour of its group."""
-    model, images = create(name, merge_token=True, **kwargs), random_images(size)
+    model, images = create(name, merge_token=True, drop_loc=(3, 6, 9), **kwargs), random_images(size)
     stages = []
     for block in (model.blocks[i] for i in model.token_settings.drop_loc):
         block.register_forward_hook(lambda block, args, output: stages.append(output[1]))

@@ -22,7 +22,7 @@ def test_sigkill(i, undisturbed, seed, tmp_path):
 
 def test_sigterm(undisturbed, tmp_path):
     with Run(tmp_path) as run:
-        run.wait_for_line('Epoch: [0] [ 7/20]')
+        run.wait_for_line('Epoch: [0/2] [ 7/20]')
         os.kill(run.pids[0], signal.SIGTERM)
         assert run.finish(30) == [128 + signal.SIGTERM], str(run)
     with Run(tmp_path) as run:
@@ -33,7 +33,7 @@ def test_sigterm(undisturbed, tmp_path):
 def test_full_disk(disk, undisturbed):                                     # noqa: F811, a fixture
     resize(disk, 6 * CHECKPOINT)
     with Run(disk) as run:
-        run.wait_for_line('Epoch: [1] [20/20]')
+        run.wait_for_line('Epoch: [1/2] [20/20]')
         fill(disk)
         ends_for_lack_of_space(run, disk)
     (disk / 'filler').unlink()

@@ -1,16 +1,18 @@
 """Full disks, damaged checkpoints, and checkpoints that contain code."""
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 
 from outputs import assert_same, result
-from runs import Run, at_file_operation, fork
+from runs import FLAGS, ROOT, Run, at_file_operation, fork
 from runtime.checkpoint import load_checkpoint, write_checkpoint
 from runtime.utils import InputError
 
@@ -28,6 +30,18 @@ def disk(tmp_path):
     subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], check=True)     # needs root
     yield folder
     subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+def test_full_shared_memory(tmp_path, table):
+    """One line that says what to do, whether images or semaphores do not fit."""
+    command = f'{sys.executable} {ROOT}/main.py {shlex.join(FLAGS)} --input-size 96 --epochs 1 --output_dir {tmp_path}/run'
+    for size, left in (('1m', ''), ('8k', '; head -c 9000 /dev/zero > /dev/shm/full')):
+        inside = f'mount -t tmpfs -o size={size} tmpfs /dev/shm{left}; exec {command}'
+        done = subprocess.run(['unshare', '--mount', 'sh', '-c', inside], capture_output=True, text=True, timeout=120)
+        line = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr
+        assert line.startswith('main.py: error: /dev/shm, ') and '--shm-size' in line and '--num-workers 0' in line
+    table(2, 'a /dev/shm that is too small, or full from the start')
 
 
 def resize(folder, size):
@@ -80,7 +94,7 @@ def test_full_disk(disk, undisturbed, table):
         assert (disk / 'checkpoint.pth').exists() == (size > 1)
         (disk / 'filler').unlink(missing_ok=True)
     with Run(disk, *often, processes=2) as run:        # an image for TensorBoard precedes the next checkpoint
-        run.wait_for_line('Epoch: [1] [10/10]')
+        run.wait_for_line('Epoch: [1/2] [10/10]')
         fill(disk)
         ends_for_lack_of_space(run, disk)
     (disk / 'filler').unlink()
@@ -165,7 +179,7 @@ def test_damaged_checkpoint(damage, places, killed_before_its_last_save, undistu
             assert ('the previous one is used' in console) == (place not in HARMLESS), (place, console)
             epochs = [line for line in console.splitlines() if line.startswith('Epoch')]
             first = 19 if place in HARMLESS else 16
-            assert epochs[0].startswith(f'Epoch: [1] [{first}/20]'), (place, console)
+            assert epochs[0].startswith(f'Epoch: [1/2] [{first}/20]'), (place, console)
             assert_same(left, reference, f'{place}: {console}')
     table(len(places), {cut: 'a truncated checkpoint', flip: 'a flipped bit in a checkpoint'}[damage]
           + ': reported; the previous checkpoint is used, and one interval is repeated'

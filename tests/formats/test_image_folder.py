@@ -92,6 +92,14 @@ def test_classes_reached_by_a_link(tree, tmp_path):
     assert images(tree / 'val') == before and len(before) == 9
 
 
+def test_root_in_a_hidden_folder_or_by_a_link(tree, tmp_path):
+    before = images(tree / 'val')
+    (tmp_path / '.cache').mkdir()
+    tree.rename(tmp_path / '.cache' / '@eaDir')
+    (tmp_path / 'link').symlink_to(tmp_path / '.cache' / '@eaDir' / 'val')
+    assert images(tmp_path / '.cache' / '@eaDir' / 'val') == images(tmp_path / 'link') == before
+
+
 def test_class_without_images(tree):
     (tree / 'val' / 'empty').mkdir()
     with pytest.raises(InputError, match=r'val/empty has no image; names end in \.jpg'):

@@ -35,7 +35,7 @@ def test_names_round_trip():
     names = ['a/1.png', 'a/ü.png', 'b/' + os.fsdecode(b'\xff\xfe.png')]
     value = lmdb_dataset.encode_column(lmdb_dataset.encode_names(names), lmdb_dataset.NAMES)
     assert lmdb_dataset.decode_names(lmdb_dataset.decode_column(value, lmdb_dataset.NAMES)) == names
-    assert lmdb_dataset.decode_header(lmdb_dataset.encode_header(7, names), 'path') == (7, names)
+    assert lmdb_dataset.decode_header(lmdb_dataset.encode_header(7, names), 'path') == (7, names, None)
 
 
 def test_format_as_documented(tree, database):

@@ -1,13 +1,16 @@
 """token_labels.py: label maps that follow crop, flip and selection, MixToken, the errors."""
+import io
 import random
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import main
 from datasets import SeededDataset, build_dataset
+from formats.fast_transforms import EncodedImage
 from formats.token_labels import LabelledTokens, TokenLabeling, labels_of_patches
 from losses import TokenLabelingLoss
 from outputs import log_lines
@@ -130,7 +133,7 @@ def test_images_and_boxes(image_folder, maps):
     plain = SeededDataset(build_dataset(True, data_set='IMNET', data_path=image_folder, **options))
     flips = 0
     for fast in (False, True):
-        labelled = training_set(image_folder, maps, fast_resize=fast, **options)
+        labelled = training_set(image_folder, maps, fast_transforms=fast, **options)
         assert (len(labelled), labelled.classes) == (24, ['blue', 'green', 'red'])
         # A picture that tells its columns in red, its rows in green
         ramp = np.zeros((40, 60, 3), np.uint8)
@@ -138,7 +141,7 @@ def test_images_and_boxes(image_folder, maps):
         for key in range(12):
             image, label, found, box = SeededDataset(labelled)[5, (key,)]
             expected, expected_label = SeededDataset(build_dataset(
-                True, data_set='IMNET', data_path=image_folder, fast_resize=fast, **options))[5, (key,)]
+                True, data_set='IMNET', data_path=image_folder, fast_transforms=fast, **options))[5, (key,)]
             assert torch.equal(torch.as_tensor(image), torch.as_tensor(expected)) and label == expected_label
             labelled.dataset.loader, load = lambda path: main_picture(ramp, fast), labelled.dataset.loader
             image, _, found, box = SeededDataset(labelled)[5, (key,)]
@@ -154,9 +157,10 @@ def test_images_and_boxes(image_folder, maps):
     assert 4 < flips < 20 and len(plain) == 24
 
 
-def main_picture(pixels, as_tensor):
-    from PIL import Image
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) if as_tensor else Image.fromarray(pixels)
+def main_picture(pixels, encoded):
+    picture, file = Image.fromarray(pixels), io.BytesIO()
+    picture.save(file, 'PNG')
+    return EncodedImage(file.getvalue(), None) if encoded else picture
 
 
 def test_training_with_label_maps(image_folder, maps, tmp_path):

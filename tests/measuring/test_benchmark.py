@@ -69,7 +69,11 @@ def pretend_cuda():
     (False, {0.9: 3.992, 0.8: 3.447, 0.7: 3.000, 0.6: 2.611, 0.5: 2.284}),
 ], ids=['fused', 'dropped'])
 def test_macs_of_the_paper(fuse_token, gmacs):
+    """Those of the whole last block, which is computed where somebody watches it; the head needs less."""
     model = timm.create_model('deit_small_patch16_shrink_base', base_keep_rate=0.7, fuse_token=fuse_token)
+    saved = 196 * (2 * 384 ** 2 + 8 * 384 ** 2 + 2 * 197 * 384) / 1e9      # queries, projection, MLP, products; at rate 1
+    assert macs(model, keep_rate=1) == pytest.approx(4.604 - saved, rel=0.001)
+    model.blocks[-1].register_forward_hook(lambda *_: None)
     assert {rate: macs(model, keep_rate=rate) for rate in gmacs if rate != 0.7} | {0.7: macs(model)} \
         == pytest.approx(gmacs, rel=0.005)
 
@@ -235,6 +239,19 @@ class Node(torch.autograd.Function):
         ctx.token = set()
         graphs.append(weakref.ref(ctx.token))
         return x.clone()
+
+
+@pytest.mark.parametrize('name, embedding, options', [
+    ('resmlp_12_224', 'stem', {}), (TINY, 'patch_embed', {'weight_init': 'jax'}),
+    ('deit_tiny_distilled_patch16_224', 'patch_embed', {'weight_init': 'jax'})])
+def test_head_that_starts_at_zero(name, embedding, options):
+    """The features show whether the model depends on its input; the head stays zero, for the training that follows."""
+    model = timm.create_model(name, img_size=32, num_classes=5, **options)
+    assert throughput(model, 32, windows=1, **QUICK).median > 0
+    assert not model(torch.randn(1, 3, 32, 32))[0].any()
+    model.get_submodule(embedding).proj.weight.data.zero_()
+    with pytest.raises(ValueError, match='does not depend on the input'):
+        throughput(model, 32, windows=1, **QUICK)
 
 
 def test_graphs_of_the_check_with_gradients():

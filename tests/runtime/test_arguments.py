@@ -1,9 +1,10 @@
 import argparse
 
 import pytest
+import timm
 
 from runtime.arguments import (ArgumentParser, block_numbers, fraction, keep_rate, key_value, natural, non_negative,
-                               positive, token_counts, with_dashes, within)
+                               positive, timm_model, token_counts, with_dashes, within)
 
 
 @pytest.mark.parametrize('kind, right, wrong', [
@@ -50,3 +51,24 @@ def test_one_line_per_error(capsys):
 
 def test_with_dashes():
     assert with_dashes('--base_keep_rate=a_b') == '--base-keep-rate=a_b' and with_dashes('--x') == '--x'
+
+
+def test_old_names_of_timm(capsys):
+    """Each becomes the name that timm maps it to, of which everything is known; or it is one error."""
+    renamed, lost = timm.models.get_deprecated_models(), 0
+    for old, new in renamed.items():
+        try:
+            assert timm_model(old) == new and timm.get_pretrained_cfg(new)
+        except argparse.ArgumentTypeError:             # two weights that timm has no longer
+            lost += 1
+    assert len(renamed) > 200 and lost <= 2
+    assert 'note: vit_base_patch16_224_in21k is an old name of vit_base_patch16_224.augreg_in21k\n' in capsys.readouterr().out
+
+
+def test_models_that_timm_lacks_or_does_not_describe(monkeypatch):
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, 'nameless', lambda **_: None)
+    monkeypatch.setitem(timm.models._registry._deprecated_models, 'removed', None)
+    for name, reason in (('nameless', 'no configuration'), ('removed', 'removed'), ('absent', 'neither'),
+                         ('vit_tiny_patch16_224.no_tag', 'no_tag')):
+        with pytest.raises(argparse.ArgumentTypeError, match=reason):
+            timm_model(name)

@@ -1,5 +1,6 @@
 """Processes that fail in a group: what each prints, and that all end. The processes are forked; torch is loaded."""
 import ctypes
+import errno
 import multiprocessing
 import os
 import re
@@ -7,12 +8,13 @@ import signal
 import socket
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from runtime import distributed, failures
+from runtime import distributed, failures, program
 from runtime.failures import Failures, exit_failed
 from runtime.utils import InputError
 
@@ -23,6 +25,7 @@ fork = multiprocessing.get_context('fork')
 def short_periods(monkeypatch):
     monkeypatch.setattr(Failures, 'PERIOD', 0.1)
     monkeypatch.setattr(Failures, 'GRACE', 0.3)
+    monkeypatch.setattr(program, 'name', 'main.py')
 
 
 def block():
@@ -74,6 +77,17 @@ def test_one_process_fails_while_the_others_wait_in_c(gloo, tmp_path):
     statuses, printed = run(tmp_path, block, block, lambda: fail(InputError('no such file')), gloo=gloo)
     assert statuses == [2, 2, 2]
     assert printed[:2] == ['main.py: error: process 2: no such file\n', '']
+
+
+def test_name_of_another_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, 'name', 'curve.py')
+    _, printed = run(tmp_path, block, lambda: exit_failed('curve.py', InputError('no such file')))
+    assert printed[0] == 'curve.py: error: process 1: no such file\n'
+
+
+def test_interrupt_of_one_process(tmp_path):
+    statuses, printed = run(tmp_path, block, lambda: fail(KeyboardInterrupt()))
+    assert statuses == [130, 130] and printed[0] == 'main.py: error: process 1: interrupted\n'
 
 
 def test_unexpected_error_of_one_process(tmp_path):
@@ -187,10 +201,29 @@ def test_names_of_files(name, tmp_path):
     assert statuses == [2, 2] and printed[0] == f'main.py: error: process 1: {shown} does not decode\n'
 
 
+def test_full_shared_memory_without_a_name(capsys, monkeypatch):
+    """As multiprocessing says it; on another disk it stays what it is."""
+    for free, named in ((0, True), (2 ** 20, False)):
+        monkeypatch.setattr('shutil.disk_usage', lambda _: SimpleNamespace(free=free))
+        with pytest.raises(SystemExit):
+            exit_failed('main.py', OSError(errno.ENOSPC, 'No space left on device'))
+        assert ('/dev/shm' in capsys.readouterr().err) == named
+
+
 @pytest.mark.parametrize('error, status, line', [
     (InputError('wrong'), 2, 'wrong'), (FloatingPointError('not finite'), 1, 'not finite'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), 1,
      r'DataLoader worker \(pid 7\) is killed by signal: Killed. It may have run out of memory: .*'),
+    (RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nTraceback (most recent call last):\nRuntimeError: '
+                  'unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)'), 1,
+     '/dev/shm, .* is full .* --shm-size 8g.*--num-workers 0'),
+    (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader\'s workers '
+                  'are out of shared memory. Please try to raise your shared memory limit.'), 1, '/dev/shm, .* is full.*'),
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 MiB.\nMore'), 1, 'out of memory; lower --batch-size.*'),
+    (MemoryError(), 1, 'out of memory; lower --batch-size: MemoryError'),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"), 1,
+     'out of memory; lower --batch-size: .*'),
+    (RuntimeError('Too many open files. Communication with the workers is no longer possible.'), 1, 'Too many .*'),
     (ConnectionResetError(104, 'Connection reset by peer'), 1,
      r'a DataLoader worker died: \[Errno 104\] Connection reset by peer It may have run out of memory: .*')])
 def test_exit_after_an_expected_failure(error, status, line, capsys, monkeypatch):

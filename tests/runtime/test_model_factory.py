@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -88,7 +89,7 @@ def test_registers_finetuned_evaluated_resumed_and_visualized(tmp_path, capsys):
     assert 'was trained with base_keep_rate 0.7, this run has 1.0' in capsys.readouterr().out
     main.main(parse_args([*REGISTERS, '--epochs', '2', '--resume', 'auto', '--output_dir', str(folder)]))
     resumed = capsys.readouterr().out
-    assert 'Epoch: [1]' in resumed and 'Epoch: [0]' not in resumed
+    assert 'Epoch: [1/' in resumed and 'Epoch: [0/' not in resumed
     main.main(parse_args([*REGISTERS, '--visualize_mask', '--n_visualization', '2', '--resume',
                           str(folder / 'checkpoint.pth'), '--output_dir', str(tmp_path / 'pictures')]))
     with Image.open(tmp_path / 'pictures' / 'img_0_block3.jpg') as picture:
@@ -163,3 +164,31 @@ def test_weights_that_cannot_be_had(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stderr.count('\n') == 1
     assert '--pretrained: the weights of vit_tiny_patch16_224 cannot be loaded' in done.stderr
+
+
+def test_old_name_in_a_checkpoint_and_in_each_program(tmp_path, capsys):
+    """Also a name that nothing has, which is one line."""
+    import export
+    import loader_benchmark
+    import speed_test
+    old, new = 'vit_tiny_patch16_224_in21k', 'vit_tiny_patch16_224.augreg_in21k'
+    torch.save({'model': {'a': torch.zeros(1)}, 'args': {'model': old}}, tmp_path / 'a.pth')
+    file = str(tmp_path / 'a.pth')
+    assert parse_args(['--model', old]).model == parse_args(['--eval', '--resume', file]).model == new
+    assert export.parse_args(['--resume', file, '--format', 'pt2', '--output', str(tmp_path / 'a.pt2')])[0].model == new
+    assert speed_test.parse_candidate(f'{old}@0.5') == (new, 0.5, None, None)
+    assert loader_benchmark.parse_args(['--model', old, '--data-path', 'a']).model == new
+    torch.save({'model': {'a': torch.zeros(1)}, 'args': {'model': 'absent'}}, file)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        parse_args(['--eval', '--resume', file])
+    assert error.value.code == 2 and 'absent is neither in models_evit.py nor in timm; give --model' in (
+        capsys.readouterr().err)
+
+
+def test_weights_without_a_network(tmp_path):
+    """One line, not one for each retry."""
+    done = subprocess.run([sys.executable, ROOT / 'main.py', '--model', 'vit_tiny_patch16_224', '--pretrained', '--device', 'cpu'],
+                          env={**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': 'http://127.0.0.1:9',
+                               'HF_HOME': str(tmp_path)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'cannot be loaded' in done.stderr, done.stderr

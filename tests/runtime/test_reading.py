@@ -172,6 +172,12 @@ def test_refused_classes_are_named(value, name, tmp_path):
     assert '\n' not in str(error.value)
 
 
+def test_torchscript_is_named(tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)), tmp_path / 'a.pt')
+    with pytest.raises(DamagedCheckpoint, match='it holds a program of TorchScript, which could run code'):
+        load_checkpoint(str(tmp_path / 'a.pt'))
+
+
 def test_crafted_array(tmp_path):
     """The pickled state of numpy's own dtype could make objects of arbitrary bytes; the stand-in ignores it."""
     reduce, arguments, state = np.arange(2, dtype='u8').__reduce__()
