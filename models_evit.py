@@ -40,7 +40,8 @@ from evit.reorganization import class_attention, reorganize_tokens         # noq
 from evit.settings import TokenSettings, num_kept
 
 SAVE_SELECTION = partial(create_selective_checkpoint_contexts, [
-    torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.argmax.default])
+    torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.argmax.default,
+    torch.ops.aten.max.dim])
 
 
 class TokenReorganization(FeatureMaps, WeighedPooling, ResizedPositions):

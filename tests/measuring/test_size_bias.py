@@ -26,4 +26,5 @@ def test_table(tmp_path, capsys):
     with open(file, newline='') as rows:
         names = [row['model'] for row in csv.DictReader(rows) if float(row['median']) > 0]
     assert names == [f'{name}, {length} tokens' for length in (9, 12) for name in FORMS]
-    assert all(name in capsys.readouterr().out for name in names)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
