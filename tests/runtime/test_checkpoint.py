@@ -218,6 +218,9 @@ def test_notes_on_another_schedule(digits_run, tmp_path, capsys):
 class Named:
     """A data set of which only the names of the classes are known."""
 
+    def __repr__(self):                                # the name of a test must not be an address
+        return type(self).__name__
+
     def __init__(self, *classes, has_class_names=True):
         self.classes, self.has_class_names = list(classes), has_class_names
 
