@@ -165,7 +165,7 @@ def test_neighbours(model, own):
 
 def test_curve_from_the_command_line(digits_run, tmp_path, capsys, short_windows):
     flags = ['--resume', str(digits_run[1] / 'checkpoint.pth'), '--output_dir', str(tmp_path), *QUIET]
-    program.main(program.parse_args([*flags, '--keep-rates', '0.5', '--token-ways', 'fuse', 'merge']))
+    program.main(program.parse_args([*flags, '--keep-rates', '0.5', '--token-ways', 'fuse', 'merge', '--drop_loc', '1,2']))
     printed = capsys.readouterr().out
     with open(tmp_path / 'curve.csv') as file:
         rows = list(csv.DictReader(file))
@@ -176,7 +176,7 @@ def test_curve_from_the_command_line(digits_run, tmp_path, capsys, short_windows
     with Image.open(tmp_path / 'curve.png') as picture:
         assert picture.width > 500
     with pytest.raises(InputError, match='of knn None, this run has 3'):
-        program.main(program.parse_args([*flags, '--keep-rates', '0.5', '--knn', '3']))
+        program.main(program.parse_args([*flags, '--keep-rates', '0.5', '--drop_loc', '1,2', '--knn', '3']))
 
 
 def test_neighbours_of_other_classes(image_folder, tmp_path):
