@@ -4,7 +4,7 @@ import torch
 
 import models_evit
 from evit import attention_kernel
-from evit.attention_kernel import attention, fused, plain
+from evit.attention_kernel import ROUNDS, attention, fused, plain
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_choice_once_for_each_shape(choices, monkeypatch):
 def test_faster_form(monkeypatch):
     """It is the one with the best round, on a few images."""
     q, k, v = qkv()
-    seconds, now, images = {'slow': [5, 5, 5, 5, 5], 'fast': [9, 9, 2, 9, 9]}, [0], []
+    seconds, now, images = {'slow': [5] * ROUNDS, 'fast': [9, 9, 2, *[9] * ROUNDS]}, [0], []
     monkeypatch.setattr(attention_kernel.time, 'perf_counter', lambda: now[0])
 
     def form(name):
@@ -77,7 +77,7 @@ def test_faster_form(monkeypatch):
 
     slow, fast = form('slow'), form('fast')
     for pair in (slow, fast), (fast, slow):
-        seconds = {'slow': [5, 5, 5, 5, 5], 'fast': [9, 9, 2, 9, 9]}
+        seconds = {'slow': [5] * ROUNDS, 'fast': [9, 9, 2, *[9] * ROUNDS]}
         monkeypatch.setattr(attention_kernel, 'fused', pair[0])
         monkeypatch.setattr(attention_kernel, 'plain', pair[1])
         assert attention_kernel.faster(q, k, v, None) is fast
