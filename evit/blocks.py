@@ -55,7 +55,8 @@ class ScoringAttention:
                 biases = (None, None) if bias is None else bias.tensor_split([width])
                 q = F.linear(x[:, :num_queries], weight[:width], biases[0])
                 k, v = F.linear(x, weight[width:], biases[1]).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
+        head_dim = q.shape[-1] // self.num_heads       # keys and values may have fewer heads
+        q, k, v = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q = (q if num_queries else self.rotate(q, rope)).type_as(v)    # prefix tokens have no place

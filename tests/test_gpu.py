@@ -79,7 +79,7 @@ def eager(tmp_path_factory, exact_products):
 @pytest.mark.parametrize('flags', [[], ['--grad-checkpointing']], ids=['plain', 'checkpointing'])
 def test_compiled_training_while_the_rate_falls(flags, eager, compiler, tmp_path):
     rates = [line['train_keep_rate'] for line in eager[1]]
-    assert 0.75 > rates[0] > rates[1] == 0.7           # after the last step of each epoch
+    assert rates == pytest.approx([0.85, 0.7], abs=0.01)                   # the means of the epochs
     for ours, theirs in zip(falling_rate(tmp_path, '--compile', *flags), eager[1], strict=True):
         for key in 'train_loss', 'test_loss', 'test_ema_loss', 'train_keep_rate':
             assert ours[key] == pytest.approx(theirs[key], abs=0.005), key
