@@ -44,9 +44,9 @@ def is_chosen(x):
     """Whether attention in tokens x is by the faster form: on a CPU, in 16 bits, in `torch.inference_mode()`.
 
     A choice by the clock may change the last bits from one process to the next. So there is none where bits are to
-    repeat: in float32, where the fused form was the faster one for every shape on the processors measured
-    (`docs/speed.md`); in training and in its evaluations, which run in `torch.no_grad()`; with
-    `torch.use_deterministic_algorithms`. Compiled and exported graphs have the fused form.
+    repeat: in float32, where models with the fused form are faster than plain code anyway (`docs/speed.md`); in
+    training and in its evaluations, which run in `torch.no_grad()`; with `torch.use_deterministic_algorithms`.
+    Compiled and exported graphs have the fused form.
     """
     if torch.compiler.is_compiling() or x.device.type != 'cpu' or not torch.is_inference_mode_enabled():
         return False
