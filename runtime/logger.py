@@ -189,8 +189,7 @@ class RunLog:
             if resumed or overwrites:
                 cut_log(folder / 'log.txt', 0 if overwrites else epoch)
             (folder / 'steps').mkdir(exist_ok=True)
-            # SummaryWriter would write in a thread, which may be late when the run is killed
-            self.events, self.step_events = (EventsWriter(str(path / 'events')) for path in (folder, folder / 'steps'))
+            self.events, self.step_events = map(new_events, (folder, folder / 'steps'))
             start = SessionLog(status=SessionLog.START)
             self._write_event(0 if overwrites else epoch, session_log=start)
             self._write_event(0 if overwrites else steps + 1, self.step_events, session_log=start)
@@ -229,6 +228,16 @@ class RunLog:
         if self.folder:
             self.events.close()
             self.step_events.close()
+
+
+def new_events(folder):
+    """A writer of one more file of TensorBoard's.
+
+    The name has the time in seconds; the number keeps a run that is resumed within one from replacing the file before.
+    """
+    number = len(list(folder.glob('events.out.tfevents.*')))
+    # SummaryWriter would write in a thread, which may be late when the run is killed
+    return EventsWriter(str(folder / 'events'), f'.{number:04}')
 
 
 def append_line(path, stats):

@@ -56,7 +56,7 @@ def tensorboard(folder):
 
 def events(folder):
     """Yield the events of all TensorBoard files. A file may end with a truncated event."""
-    for path in sorted(Path(folder).glob('events.out.tfevents*'), key=lambda path: int(path.name.split('.')[3])):
+    for path in sorted(Path(folder).glob('events.out.tfevents*')):
         data = path.read_bytes()
         while len(data) >= 12:                                             # length, its CRC, event, its CRC
             length, = struct.unpack_from('<Q', data)

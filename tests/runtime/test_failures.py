@@ -42,7 +42,7 @@ def fail(error):
 def run(tmp_path, *behaviours, timeout=600, gloo=True, stops=None):
     """Call behaviours[rank]() in a process of a group each; → their exit statuses and what each printed on stderr.
 
-    The first process hosts the store. The status is None if a process has not ended after 60 s, or if it `stops`.
+    The first process hosts the store. The status is None if a process has not ended after 20 s, or if it `stops`.
     """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -61,7 +61,7 @@ def run(tmp_path, *behaviours, timeout=600, gloo=True, stops=None):
     processes = [fork.Process(target=process, args=(rank,)) for rank in range(len(behaviours))]
     for one in processes:
         one.start()
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 20
     for rank, one in enumerate(processes):
         if rank != stops:
             one.join(max(0, limit - time.monotonic()))
