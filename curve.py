@@ -28,10 +28,10 @@ from runtime.attention_priority import flash_first
 from runtime.checkpoint import check_classes, find_checkpoint, load_adapted, load_run, load_weights, read_flags
 from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
                                  world_size)
+from runtime.failures import run_program
 from runtime.logger import make_output_folder
 from runtime.model_factory import MODEL_FLAGS, add_model_arguments, create_model, fill_model_arguments
 from runtime.preprocessing import input_of
-from runtime.program import run_program
 from runtime.utils import atomic_write, choose_amp_dtype, choose_kernels, seed_all
 from samplers import EvalSampler
 
@@ -102,8 +102,8 @@ def build_model(args, dataset, device):
     """
     source = find_checkpoint(args.resume, args.output_dir, device, required=True)
     model = create_model(args.model, pretrained=args.pretrained and not source, new_head=bool(args.knn),
-                         tokens=TokenSettings.of_flags(vars(args)), input_size=args.input_size, model_kwargs=args.model_kwargs,
-                         num_classes=len(dataset.classes))
+                         tokens=TokenSettings.of_flags(vars(args)), input_size=args.input_size,
+                         model_kwargs=args.model_kwargs, num_classes=len(dataset.classes))
     checkpoint = load_run(source, vars(args), evaluates_only=True) if source else None
     if source and args.knn:
         load_adapted(model, checkpoint, source)
@@ -135,9 +135,9 @@ def measure(args, device):
     amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     choose_kernels(device, args.deterministic)
     seed_all(0)
-    folder = make_output_folder(args.output_dir)
     loader, loader_train = build_loaders(args, device)
     model = build_model(args, loader.dataset, device)
+    folder = make_output_folder(args.output_dir)
     neighbours = Neighbours(args.knn, args.knn_bank == 'own') if args.knn else None
     evaluation = Evaluation(model, plan_rows(args.keep_rates, args.token_ways or [model.token_settings.way]),
                             folder / 'curve.json', settings_of_curve(args, model, amp_dtype, len(loader.dataset)),

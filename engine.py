@@ -55,7 +55,7 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
             noticed only where it is logged or saved, so that no step waits for the device.
     """
     progress = Progress(f'Epoch: [{epoch}/{epochs}]', len(loader), print_freq, device, True, state, log_step)
-    skips = False                                                          # whether this update is skipped
+    guard = NonfiniteGuard(model, optimizer) if skip_nonfinite else None
     for step, (images, labels, *token_labels) in enumerate(progress.batches_of(loader), start=progress.step):
         # For erasing, mixup, MixToken, dropout, drop path. The 1 keeps these keys apart from those of TrainSampler
         seed_all(seed, epoch, step, 1 + rank())
@@ -64,26 +64,26 @@ def train_one_epoch(model, criterion, loader, optimizer, epoch, *, device, scale
         first = step - step % accum_steps                                  # first batch of this update
         batches = min(accum_steps, len(loader) - first)
         is_last = step + 1 == first + batches
-        if skip_nonfinite and step == first:
-            buffers = [buffer.clone() for buffer in model.buffers()]
+        if guard and step == first:
+            guard.start_update()
         with contextlib.nullcontext() if is_last or not hasattr(model, 'no_sync') else model.no_sync():
             with autocast(device, amp_dtype):
                 loss = criterion(images, model(images, **rate, **options), labels)
-            skips |= skip_nonfinite > 0 and not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
-            if not skips:
+            counts = guard is None or guard.accepts(loss)
+            if counts:
                 scaler.scale(loss / batches).backward()
         scalars = {'lr': optimizer.param_groups[0]['lr'], **rate}          # for console, log.txt and TensorBoard alike
-        progress.add_batch(loss.detach(), len(images), counts=not skips, **scalars)
-        if is_last:
-            if skips:
-                undo_gradients(model, optimizer, buffers)
-                progress.skip(skip_nonfinite)
-            else:
-                update_weights(model, optimizer, scaler, clip_grad, model_ema)
-                progress.skipped_in_a_row = 0
-            skips = False
-            if after_update is not None and progress.step < len(loader):
-                after_update(progress)
+        progress.add_batch(loss.detach(), len(images), counts=counts, **scalars)
+        if not is_last:
+            continue
+        if counts:
+            update_weights(model, optimizer, scaler, clip_grad, model_ema)
+            progress.skipped_in_a_row = 0
+        else:
+            guard.undo_update()
+            progress.skip(skip_nonfinite)
+        if after_update is not None and progress.step < len(loader):
+            after_update(progress)
     check_weights(model, progress.title)
     return progress
 
@@ -115,11 +115,26 @@ def update_weights(model, optimizer, scaler, clip_grad, model_ema):
         model_ema.update(model)
 
 
-def undo_gradients(model, optimizer, buffers):
-    """Leave an update out: no gradients, and the buffers, such as running statistics, as they were."""
-    optimizer.zero_grad()
-    for buffer, before in zip(model.buffers(), buffers):
-        buffer.copy_(before)
+class NonfiniteGuard:
+    """Lets an update be skipped, in all processes, from the first of its losses on that is not finite in any."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def start_update(self):
+        self.skips = False
+        self.buffers = [buffer.clone() for buffer in self.model.buffers()]
+
+    def accepts(self, loss):
+        """Whether this and all earlier losses of the update are finite; waits for the device."""
+        self.skips |= not all_reduce(loss.detach().isfinite().int(), dist.ReduceOp.MIN)
+        return not self.skips
+
+    def undo_update(self):
+        """Drop the gradients; the buffers, such as running statistics of batch norm, become what they were."""
+        self.optimizer.zero_grad()
+        for buffer, before in zip(self.model.buffers(), self.buffers):
+            buffer.copy_(before)
 
 
 def check_weights(model, title):

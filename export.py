@@ -27,9 +27,9 @@ from runtime.arguments import ArgumentParser, HelpFormatter, positive, with_dash
 from runtime.checkpoint import load_checkpoint, load_weights, trained_flags
 from runtime.compiled_model import check_compiler
 from runtime.distributed import cuda_device, parse_device
+from runtime.failures import run_program
 from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments
 from runtime.preprocessing import Preprocessing, input_of
-from runtime.program import run_program
 from runtime.utils import InputError, one_line
 
 SUFFIXES = {'onnx': '.onnx', 'pt2': '.pt2', 'aoti': '.pt2'}
@@ -133,8 +133,9 @@ def build(args, checkpoint):
         if not weights:
             raise InputError(f'--ema: {args.resume} has no moving average')
         num_classes = len(weights.get(f'{classifier}.weight', ()))
-    model = create_model(args.model, pretrained=not weights, input_size=args.input_size, tokens=TokenSettings.of_flags(vars(args)),
-                         model_kwargs=args.model_kwargs, num_classes=num_classes)
+    model = create_model(args.model, pretrained=not weights, input_size=args.input_size,
+                         tokens=TokenSettings.of_flags(vars(args)), model_kwargs=args.model_kwargs,
+                         num_classes=num_classes)
     if weights:
         load_weights(model, weights, args.resume)
     if args.features:

@@ -26,7 +26,7 @@ from formats.lmdb_dataset import (ImageFolderLMDB, empty_record, encode_image, e
                                   open_database)
 from formats.reencoding import Reencoding
 from runtime.arguments import ArgumentParser, positive, within
-from runtime.program import run_program
+from runtime.failures import run_program
 from runtime.utils import DataError, InputError, atomic_write, missing_split, one_line
 
 __all__ = ['ImageFolderLMDB', 'convert', 'verify']     # ImageFolderLMDB: imported from here by older code
@@ -180,7 +180,8 @@ def parse_args(argv=None):
     add('--short-side', type=positive(int), metavar='PIXELS',
         help='store training images whose shorter side is longer as JPEGs of this size, for faster training; '
              'validation images only if --splits names val')
-    add('--quality', type=within(1, 100, int), default=92, help='with --short-side: of these JPEGs (default: %(default)s)')
+    add('--quality', type=within(1, 100, int), default=92,
+        help='with --short-side: of these JPEGs (default: %(default)s)')
     add('--force', action='store_true', help='replace an existing database, once the new one is complete')
     add('--verify', action='store_true',
         help='write nothing; decode every image of the existing trees and databases, and list those that do not '

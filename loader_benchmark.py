@@ -33,8 +33,8 @@ from formats.lmdb_dataset import ImageFolderLMDB
 from measuring.benchmark import add_protocol_arguments, device_name, synchronize, time_in_turn
 from runtime.arguments import ArgumentParser, positive, timm_model
 from runtime.distributed import ignore_stop_signals, kill_workers
+from runtime.failures import run_program
 from runtime.preprocessing import Preprocessing, pretrained_input
-from runtime.program import run_program
 from runtime.utils import choose_kernels, missing_split
 from samplers import EvalSampler, TrainSampler
 

@@ -28,15 +28,15 @@ from runtime.arguments import (ArgumentParser, HelpFormatter, add_run_arguments,
                                positive, timm_model, with_dashes, within)
 from runtime.attention_priority import flash_first
 from runtime.checkpoint import (check_classes, find_checkpoint, load_finetune, load_run, load_teacher, load_weights,
-                                read_flags)
+                                read_flags, refuse_checkpoints)
 from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
                                  world_size)
+from runtime.failures import run_program
 from runtime.model_factory import add_model_arguments, create_model, fill_model_arguments, flag_of
 from runtime.preprocessing import input_of
-from runtime.program import run_program
 from runtime.utils import InputError, choose_amp_dtype, choose_kernels, seed_all
 from samplers import EvalSampler, TrainSampler
-from trainer import Trainer, refuse_checkpoints
+from trainer import Trainer
 from visualize_mask import visualize
 
 SHRINK_DEFAULTS = {'shrink_start_epoch': 10, 'shrink_epochs': 0}

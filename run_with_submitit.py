@@ -18,7 +18,7 @@ except ImportError:                                    # `submit` reports it
 
 import main as program
 from runtime.arguments import natural, positive
-from runtime.program import run_program
+from runtime.failures import run_program
 from runtime.utils import InputError, one_line
 
 CODE = Path(__file__).resolve().parent

@@ -36,8 +36,8 @@ from measuring.profile import profile_pass
 from models_evit import VARIANTS, obstacle
 from runtime.arguments import ArgumentParser, keep_rate, positive, timm_model
 from runtime.attention_priority import flash_first
+from runtime.failures import run_program
 from runtime.model_factory import create_model
-from runtime.program import run_program
 from runtime.utils import InputError, choose_kernels
 
 RUNTIMES = {'torch': None, 'compile': None, 'onnxruntime': 'onnx', 'aoti': 'aoti'}         # and formats of export.py

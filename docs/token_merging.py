@@ -24,7 +24,7 @@ from measuring.accuracy_curve import with_way
 from measuring.benchmark import macs, paired_throughput
 from models_evit import EViT, to_evit
 from runtime.distributed import init_process_group
-from runtime.program import run_program
+from runtime.failures import run_program
 from runtime.utils import InputError, choose_amp_dtype
 
 

@@ -166,7 +166,7 @@ class EViTBlock(ReorganizingBlock, Block):
     """The block of a `VisionTransformer`."""
 
     def attend(self, x, num_queries=None, **kwargs):
-        """Attention and its residual; → tokens (B, N, C), or the first `num_queries`, and their scores (B, N) or None."""
+        """Attention and its residual; → tokens (B, N, C), or the first `num_queries`, and the scores (B, N) or None."""
         attn, scores = self.run_attention(self.norm1(x), num_queries=num_queries, **kwargs)
         return x[:, :num_queries] + self.drop_path1(self.ls1(attn)), scores
 

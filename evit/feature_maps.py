@@ -74,7 +74,8 @@ class FeatureMaps:
                 if output_fmt == 'NCHW':
                     tokens = tracks.grid(tokens)                                       # (B, N, C)
                 if norm:
-                    prefix, tokens = self.norm(torch.cat([prefix, tokens], dim=1)).tensor_split([num_prefix_tokens], dim=1)
+                    normed = self.norm(torch.cat([prefix, tokens], dim=1))
+                    prefix, tokens = normed.tensor_split([num_prefix_tokens], dim=1)
                 if output_fmt == 'NCHW':
                     grid_size = self.patch_embed.dynamic_feat_size(image_size)
                     tokens = tokens.transpose(1, 2).unflatten(2, grid_size).contiguous()             # (B, C, H, W)

@@ -37,7 +37,7 @@ def merge_tokens(tokens, sizes, k):
         places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         candidate_places, target_places = split(places, num_targets)
 
-        similarities = candidates.detach() @ F.normalize(targets.detach(), dim=-1).transpose(1, 2)     # (B, M, T), scaled
+        similarities = candidates.detach() @ F.normalize(targets.detach(), dim=-1).transpose(1, 2)   # (B, M, T), scaled
         best, nearest = similarities.max(dim=-1)                                       # (B, M) each
         order = (best / candidates.detach().norm(dim=-1)).argsort(dim=1)               # the least similar first
         staying, leaving = order.tensor_split([k - num_targets], dim=1)                # (B, k − T), (B, N − k)
@@ -47,7 +47,7 @@ def merge_tokens(tokens, sizes, k):
         weights = ones * candidate_sizes.gather(1, leaving).unsqueeze(1)
         merged_sizes = target_sizes + weights.sum(dim=-1)                              # (B, T)
         merged = (target_sizes / merged_sizes).unsqueeze(-1) * targets
-        merged = merged + (weights / merged_sizes.unsqueeze(-1)) @ gather_rows(candidates, leaving)           # (B, T, C)
+        merged = merged + (weights / merged_sizes.unsqueeze(-1)) @ gather_rows(candidates, leaving)          # (B, T, C)
         return (torch.cat([gather_rows(candidates, staying), merged], dim=1).to(tokens.dtype),
                 torch.cat([candidate_sizes.gather(1, staying), merged_sizes], dim=1),
                 torch.cat([candidate_places.gather(1, staying), target_places], dim=1),

@@ -134,7 +134,8 @@ def draw_sheets(model, batches, classes, keep_rate=None, mean=IMAGENET_DEFAULT_M
         classes: names by label.
         mean, std: normalisation of the images.
     Returns:
-        Two PIL images as `contact_sheet` draws them, with a column for the input and one per stage ("block", numbered from 0).
+        Two PIL images as `contact_sheet` draws them, with a column for the input and one per stage: "block" and its
+        number from 0.
     """
     grid, attention, captions = [], [], []
     with torch.random.fork_rng(devices=[]):                                # a DataLoader draws a seed for its workers

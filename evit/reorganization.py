@@ -91,7 +91,8 @@ class Way(NamedTuple):
         extra_tokens: how many tokens follow the kept ones, 0 or 1.
         needs_scores: whether the function reads the scores. If not, they may be None, so a model needs no class token.
         blocks: depth → numbers of the default blocks.
-        block_rate: (depth, keep rate of the model, number of patches, width) → the rate in these blocks; None for the same.
+        block_rate: (depth, keep rate of the model, number of patches, width) → the rate in these blocks; None for
+            the same.
     """
     function: Callable
     participle: str
@@ -131,8 +132,8 @@ def class_attention(q, k, scale, bias=None):
     return logits.softmax(dim=-1).mean(dim=1)
 
 
-# What ranks the tokens of a block: functions of its queries, keys and values (B, H, N, D), the factor 1/√D and the bias of
-# `class_attention` → (B, N), prefix tokens included, of which the highest are kept
+# What ranks the tokens of a block: functions of its queries, keys and values (B, H, N, D), the factor 1/√D and the bias
+# of `class_attention` → (B, N), prefix tokens included, of which the highest are kept
 SCORES = {
     'class_attention': lambda q, k, v, scale, bias=None: class_attention(q, k, scale, bias),
 }

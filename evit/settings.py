@@ -92,7 +92,8 @@ class TokenSettings:
         """
         block_rate = WAYS[self.way].block_rate
         if self.uniform and 0 < keep_rate < 1:
-            return depth * [uniform_rate(depth, paper_blocks(depth) if self.drop_loc is None else self.drop_loc, keep_rate)]
+            blocks = paper_blocks(depth) if self.drop_loc is None else self.drop_loc
+            return depth * [uniform_rate(depth, blocks, keep_rate)]
         if self.drop_loc is None and block_rate and 0 < keep_rate < 1:
             keep_rate = block_rate(depth, keep_rate, num_patches, dim)
         blocks = self.blocks(depth)
@@ -142,7 +143,7 @@ def rates_of_counts(counts, num_patches, num_prefix_tokens, extra_tokens):
             raise ValueError(f'token_counts: {count} is too few, as {num_prefix_tokens + extra_tokens} of them are no '
                              'patches')
         else:
-            # `num_kept` rounds up: without the small difference, k / N · N could be a little more than k, and keep k + 1
+            # `num_kept` rounds up: without the small difference, k / N · N could be just above k, and keep k + 1
             rates.append((k - 1e-6) / num_tokens)
             num_tokens = k + extra_tokens
     return rates

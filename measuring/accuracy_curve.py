@@ -46,8 +46,9 @@ class Row:
     def columns(self):
         """{column: figure} of the table; accuracies in percent."""
         top1, top5, loss, images, same = self.sums
-        return {'way': self.way, 'rate': self.rate, 'gmacs': self.gmacs, 'images_per_second': self.speed.median if self.speed else math.nan,
-                'ratio': self.ratio, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images, 'loss': loss / images,
+        return {'way': self.way, 'rate': self.rate, 'gmacs': self.gmacs,
+                'images_per_second': self.speed.median if self.speed else math.nan, 'ratio': self.ratio,
+                'top1': 100 * top1 / images, 'top5': 100 * top5 / images, 'loss': loss / images,
                 'same': 100 * same / images, 'images': int(images)}
 
 
@@ -66,7 +67,8 @@ class Evaluation:
     """
 
     def __init__(self, model, rows, file, settings, device, amp_dtype, sharded=False, neighbours=None):
-        self.models = {row.way: with_way(model, model.token_settings.way if row.way == FULL else row.way).eval() for row in rows}
+        self.models = {row.way: with_way(model, model.token_settings.way if row.way == FULL else row.way).eval()
+                       for row in rows}
         self.rows, self.file, self.sharded = rows, file, sharded
         weights = sum(parameter.double().abs().sum() for parameter in model.parameters()).item()
         self.settings = settings | {'weights': weights, 'processes': world_size() if sharded else 1}

@@ -65,7 +65,8 @@ def plot_curve(path, points, title):
     """
     pyplot = headless_pyplot()
     figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(11, 5), layout='constrained')
-    for axes, column, label in zip(panels, ('gmacs', 'ratio'), ('GMACs per image', 'images/s over those at keep rate 1')):
+    labels = {'gmacs': 'GMACs per image', 'ratio': 'images/s over those at keep rate 1'}
+    for axes, (column, label) in zip(panels, labels.items()):
         axes.axhline(points[0]['top1'], color='grey', linewidth=0.8)
         for way, marker in zip(WAYS, itertools.cycle('ovsD^')):
             line = [points[0], *(point for point in points if point['way'] == way)]

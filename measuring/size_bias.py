@@ -2,8 +2,9 @@
 
     python -m measuring.size_bias --device cuda
 
-A mask rules out FlashAttention on a GPU, and the memory-efficient kernel copies one whose rows do not begin at multiples
-of 8 numbers. One channel more in queries and keys needs no mask. Measured is attention alone, forward and backward.
+A mask rules out FlashAttention on a GPU, and the memory-efficient kernel copies one whose rows do not begin at
+multiples of 8 numbers. One channel more in queries and keys needs no mask. Attention alone is measured, forward and
+backward.
 """
 import csv
 from pathlib import Path
@@ -75,8 +76,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     protocol = Protocol(None, args.batch_size, args.device, torch.bfloat16, None, args.windows, args.window_seconds,
                         args.compile, train=True)
-    print(f'attention alone, forward and backward: batch {args.batch_size}, bfloat16, {device_name(args.device)}, torch '
-          f'{torch.__version__}; median [min–max] of {args.windows} windows', flush=True)
+    print(f'attention alone, forward and backward: batch {args.batch_size}, bfloat16, {device_name(args.device)}, '
+          f'torch {torch.__version__}; median [min–max] of {args.windows} windows', flush=True)
     rows = []
     for length in args.lengths:
         with flash_first(args.device):

@@ -128,6 +128,18 @@ def flush_folder(folder):
 
 # --- Find -----------------------------------------------------------------------------------------------------------
 
+def checkpoints_of(folder):
+    """The checkpoints of the run in a folder, the newest first, as Paths."""
+    return [path for name in (NEWEST, PREVIOUS, BEST) if (path := Path(folder) / name).is_file()]
+
+
+def refuse_checkpoints(folder):
+    """Raise InputError if a new run would overwrite the checkpoints of another one."""
+    if found := checkpoints_of(folder):
+        raise InputError(f'{found[0]} exists: --resume auto goes on with its run, --overwrite begins anew and removes '
+                         'it; or give another --output-dir')
+
+
 def find_checkpoint(resume, folder, device, required=False):
     """The file or address that --resume stands for, '' if a new run begins. All processes call this.
 
@@ -199,7 +211,7 @@ def trained_flags(checkpoint):
 
 
 def token_fields(flags):
-    """The fields of the `TokenSettings` of a dict of flags; keep rate 1 if it has none, {} if it says nothing of tokens."""
+    """The fields of the `TokenSettings` of a dict of flags; keep rate 1 if it has none, {} if it has no token flags."""
     if not TOKEN_FLAGS & flags.keys():
         return {}
     settings = TokenSettings.of_flags(flags)

@@ -179,6 +179,24 @@ def lack(error):
 
 # --- Ending ---------------------------------------------------------------------------------------------------------
 
+def run_program(name, function, *arguments):
+    """Call function(*arguments), and exit if it returns a status other than 0 or None, or fails.
+
+    Args:
+        name: of the program, for messages.
+    """
+    program.name = name
+    try:
+        status = function(*arguments)
+        sys.stdout.flush()                             # raises what Python would ignore at the exit
+        if program.interrupted:
+            raise KeyboardInterrupt                    # something has swallowed it
+    except (Exception, KeyboardInterrupt) as error:
+        exit_failed(name, KeyboardInterrupt() if program.interrupted else error)
+    if status:
+        sys.exit(status)
+
+
 def end_process(status):
     """End without leaving the group, which would wait for the others."""
     sys.stdout.flush()

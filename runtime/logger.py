@@ -138,7 +138,7 @@ class Progress:
             self.log_step(self.step, {**figures, **values, 'images_per_second': speed})
 
     def summary(self):
-        """The figures of the whole pass: mean loss, means of the scalars; of the part in this process images/s, loader_wait.
+        """Mean loss and means of the scalars of the whole pass; images/s and loader_wait of the part in this process.
 
         The latter is the share of the time in which the step waited for `batches_of`, the largest of all processes.
         """

@@ -86,7 +86,8 @@ def create_from_timm(name, pretrained, options, model_kwargs):
                 log(f'note: {name} takes no --drop-path')
                 options = options | {'drop_path_rate': None}
             elif (unknown := re.search("unexpected keyword argument '(\\w+)'|$", str(error))[1]) in model_kwargs:
-                raise InputError(f'--model-kwargs: {name} has no argument {unknown}{arguments_of(name, unknown)}') from None
+                raise InputError(f'--model-kwargs: {name} has no argument {unknown}'
+                                 f'{arguments_of(name, unknown)}') from None
             elif pretrained:
                 raise InputError(f'--pretrained: the weights of {name}{given} cannot be loaded: {one_line(error)}'
                                  ) from None
@@ -97,7 +98,7 @@ def create_from_timm(name, pretrained, options, model_kwargs):
 
 
 def arguments_of(name, wrong):
-    """', but …': the arguments of a model of timm, first the one that a `wrong` one resembles; '' if they are not known."""
+    """', but …': the arguments of a model of timm, first the one that `wrong` resembles; '' if they are not known."""
     try:
         with torch.device('meta'):                     # without weights
             kinds = type(timm.create_model(name)).__mro__
@@ -147,7 +148,7 @@ def add_model_arguments(parser):
 
 
 def fill_model_arguments(args, parser, trained=None, as_evit=False):
-    """Complete the flags of `add_model_arguments`; those that are not given are taken from a checkpoint, if there is one.
+    """Complete the flags of `add_model_arguments`; a checkpoint, if there is one, gives those that are not named.
 
     Args:
         args: the Namespace.

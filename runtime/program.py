@@ -1,4 +1,4 @@
-"""How every program begins and ends: its console, Ctrl-C, and errors as one line.
+"""How every program begins: its console and Ctrl-C.
 
 Nothing heavy is imported here, so that Ctrl-C is heeded from the first moment.
 """
@@ -50,25 +50,6 @@ def start(module):
         signal.signal(signal.SIGINT, interrupt)
     run()
     sys.exit()
-
-
-def run_program(program, function, *arguments):
-    """Call function(*arguments), and exit if it returns a status other than 0 or None, or fails.
-
-    A failure is one line if it is an expected one (`runtime.failures.exit_failed`); so is Ctrl-C, with status 130.
-    """
-    global name
-    name = program
-    try:
-        status = function(*arguments)
-        sys.stdout.flush()                             # raises what Python would ignore at the exit
-        if interrupted:
-            raise KeyboardInterrupt                    # something has swallowed it
-    except (Exception, KeyboardInterrupt) as error:
-        from runtime.failures import exit_failed       # heavy
-        exit_failed(program, KeyboardInterrupt() if interrupted else error)
-    if status:
-        sys.exit(status)
 
 
 # --- Console --------------------------------------------------------------------------------------------------------

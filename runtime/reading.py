@@ -107,8 +107,9 @@ def parse(data, source):
         refused = isinstance(error, pickle.UnpicklingError) and re.search(r'GLOBAL (\S+)', str(error))
         if refused or 'TorchScript' in str(error):
             raise DamagedCheckpoint(
-                f'{source} is not loaded: it holds {refused[1] if refused else "a program of TorchScript"}, which could run code. In a program that you trust '
-                "with the file, save the weights alone: torch.save({'model': model.state_dict()}, FILE)") from None
+                f'{source} is not loaded: it holds {refused[1] if refused else "a program of TorchScript"}, which '
+                'could run code. In a program that you trust with the file, save the weights alone: '
+                "torch.save({'model': model.state_dict()}, FILE)") from None
         if data.lstrip()[:1] == b'<':
             raise DamagedCheckpoint(f'{source} is not a checkpoint but a web page, perhaps one to sign in') from None
         raise DamagedCheckpoint(f'{source} is not a checkpoint: it is no file of torch.save or safetensors, or is cut '

@@ -165,7 +165,8 @@ def test_neighbours(model, own):
 
 def test_curve_from_the_command_line(digits_run, tmp_path, capsys, short_windows):
     flags = ['--resume', str(digits_run[1] / 'checkpoint.pth'), '--output_dir', str(tmp_path), *QUIET]
-    program.main(program.parse_args([*flags, '--keep-rates', '0.5', '--token-ways', 'fuse', 'merge', '--drop_loc', '1,2']))
+    flags += ['--keep-rates', '0.5', '--token-ways', 'fuse', 'merge', '--drop_loc', '1,2']
+    program.main(program.parse_args(flags))
     printed = capsys.readouterr().out
     with open(tmp_path / 'curve.csv') as file:
         rows = list(csv.DictReader(file))

@@ -273,7 +273,7 @@ TRANSPARENT = Image.new('RGBA', (8, 8), (*RED, 0))
     (file_of(TRANSPARENT.convert('P'), 'PNG', transparency=bytes(9)), RED),
     (file_of(Image.new('RGB', (8, 8), RED), 'PNG', transparency=RED), RED),
     (file_of(Image.new('L', (8, 8), 81), 'PNG', transparency=81), 3 * (81,)),
-    (file_of(Image.new('CMYK', (8, 8), (55, 225, 225, 0)), 'JPEG', quality=95), RED),          # stored inverted, by Adobe
+    (file_of(Image.new('CMYK', (8, 8), (55, 225, 225, 0)), 'JPEG', quality=95), RED),      # stored inverted, by Adobe
     (file_of(Image.new('CMYK', (8, 8), (55, 225, 225, 0)), 'TIFF'), RED),
     (file_of(Image.new('1', (8, 8), 1), 'PNG'), 3 * (255,))],
     ids=['RGBA PNG', 'RGBA WEBP', 'LA', 'PA', 'P with an index', 'P with alphas', 'RGB with a colour', 'L with a grey',

@@ -138,8 +138,8 @@ def test_int8(digits_run, tmp_path):
     images, classes = torch.stack([image for image, _ in digits]).numpy(), []
     for dtype in 'float32', 'int8':
         file = tmp_path / f'{dtype}.onnx'
-        run('--resume', digits_run[1] / 'checkpoint.pth', '--normalize', '--format', 'onnx', '--dtype', dtype, '--output',
-            file)
+        run('--resume', digits_run[1] / 'checkpoint.pth', '--normalize', '--format', 'onnx', '--dtype', dtype,
+            '--output', file)
         classes.append(onnxruntime.InferenceSession(file).run(None, {'images': images})[0].argmax(1))
     assert (classes[0] == classes[1]).mean() > 0.97
     assert 'MatMulInteger' in {node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node}
@@ -147,7 +147,7 @@ def test_int8(digits_run, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'int8'])
 def test_weights_in_a_second_file(dtype, tmp_path, monkeypatch, capsys):
-    """As torch writes above 1.5 GiB: both are there, are named, and load where they stand. int8 needs one file again."""
+    """As torch writes above 1.5 GiB: both are there, are named, and load where they stand. int8 is one file again."""
     import onnxruntime
     from torch.onnx._internal.exporter import _onnx_program
     monkeypatch.setattr(_onnx_program, '_LARGE_MODEL_THRESHOLD', 1000)
@@ -180,7 +180,8 @@ def test_second_file_that_does_not_load(tmp_path, monkeypatch):
     from torch.onnx._internal.exporter import _onnx_program
     monkeypatch.setattr(_onnx_program, '_LARGE_MODEL_THRESHOLD', 1000)
     move = program.move_files
-    monkeypatch.setattr(program, 'move_files', lambda *paths: [open(path, 'w').close() or path for path in move(*paths)])
+    monkeypatch.setattr(program, 'move_files',
+                        lambda *paths: [open(path, 'w').close() or path for path in move(*paths)])
     flags = [*MODELS['no EViT'], '--input-size', '32', '--model-kwargs', *SMALL]
     with pytest.raises(InputError, match='b.onnx does not load with b.onnx.data beside it'):
         run(*flags, *weights(tmp_path / 'a.pth', flags), '--format', 'onnx', '--output', tmp_path / 'b.onnx')

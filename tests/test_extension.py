@@ -38,8 +38,8 @@ def own_tables(monkeypatch):
 def test_own_score_and_way(own_tables, tmp_path, capsys, monkeypatch):
     """They train, resume, are evaluated, drawn, exported and measured, and are told from others."""
     run, saved = str(tmp_path / 'run'), str(tmp_path / 'run' / 'checkpoint.pth')
-    train = [*FLAGS, *OWN, *UNCHANGED, '--batch-size', '32', '--warmup-epochs', '0', '--shrink_start_epoch', '0', '--lr',
-             '2e-2', '--no-model-ema', '--output_dir', run]
+    train = [*FLAGS, *OWN, *UNCHANGED, '--batch-size', '32', '--warmup-epochs', '0', '--shrink_start_epoch', '0',
+             '--lr', '2e-2', '--no-model-ema', '--output_dir', run]
     main.main(main.parse_args([*train, '--epochs', '1']))
     main.main(main.parse_args([*train, '--epochs', '2', '--resume', saved]))
     assert checkpoint(run)['args']['token_score'] == 'value_norm' and checkpoint(run)['args']['token_way'] == 'average'
@@ -59,8 +59,8 @@ def test_own_score_and_way(own_tables, tmp_path, capsys, monkeypatch):
     folder = tmp_path / 'curve'
     measure = functools.partialmethod(curve.Evaluation.measure_speed, windows=1, window_seconds=0.01)
     monkeypatch.setattr(curve.Evaluation, 'measure_speed', measure)
-    curve.main(curve.parse_args(['--resume', saved, '--keep-rates', '0.3', '--token-ways', 'average', 'drop', *FLAGS[9:],
-                                 '--output_dir', str(folder)]))
+    curve.main(curve.parse_args(['--resume', saved, '--keep-rates', '0.3', '--token-ways', 'average', 'drop',
+                                 *FLAGS[9:], '--output_dir', str(folder)]))
     with open(folder / 'curve.csv') as file:
         rows = {row['way']: row for row in csv.DictReader(file)}
     assert math.isclose(float(rows['average']['top1']), accuracy) and rows['drop']['top1'] != rows['average']['top1']
@@ -68,8 +68,8 @@ def test_own_score_and_way(own_tables, tmp_path, capsys, monkeypatch):
         curve.main(curve.parse_args(['--resume', saved, '--keep-rates', '0.3', '--token-score', 'class_attention',
                                      *FLAGS[9:], '--output_dir', str(folder)]))
 
-    main.main(main.parse_args(['--visualize-mask', '--n-visualization', '2', '--resume', saved, *FLAGS[9:], '--output_dir',
-                               str(tmp_path / 'pictures')]))
+    main.main(main.parse_args(['--visualize-mask', '--n-visualization', '2', '--resume', saved, *FLAGS[9:],
+                               '--output_dir', str(tmp_path / 'pictures')]))
     assert (tmp_path / 'pictures' / 'attention.png').exists()
 
     args, state = export.parse_args(['--resume', saved, '--format', 'pt2', '--output', str(tmp_path / 'a.pt2')])

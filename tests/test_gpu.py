@@ -188,7 +188,8 @@ def test_stop_and_resumption(in_group, tmp_path):
 def test_pictures(eager, tmp_path):
     run(tmp_path, '--visualize_mask', '--n_visualization', '5', '--resume', str(eager[0] / 'checkpoint.pth'))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([
-        'attention.png', 'grid.png', *(f'img_{i}_{stage}.jpg' for i in range(5) for stage in ('a', 'block1', 'block2'))])
+        'attention.png', 'grid.png',
+        *(f'img_{i}_{stage}.jpg' for i in range(5) for stage in ('a', 'block1', 'block2'))])
 
 
 def test_recipe_of_the_digits_in_bfloat16(tmp_path):

@@ -26,7 +26,8 @@ pictures = mask_images(images, kept_patches(model, images), model.patch_embed.pa
 assert pictures.shape == (2, 3, 3, 224, 224)
 grid, attention = draw_sheets(model, [(images, torch.tensor([0, 1]))], list(map(str, range(1000))))
 assert grid.width > 400
-ours = {name for name, module in sys.modules.items() if (getattr(module, '__file__', None) or '').startswith(sys.argv[1])}
+ours = {name for name, module in sys.modules.items()
+        if (getattr(module, '__file__', None) or '').startswith(sys.argv[1])}
 assert {name.split('.')[0] for name in ours} == {'models_evit', 'evit'}, ours
 print('done')
 """
@@ -45,7 +46,8 @@ def project(tmp_path):
 def test_installed_method(project, tmp_path):
     """pip puts the method into site-packages, and a project that has other modules of our names uses it."""
     source, site = tmp_path / 'source', tmp_path / 'site'
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns('.git', 'runs', 'tests', 'images'))    # pip writes there
+    # A copy, as pip writes into the folder
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns('.git', 'runs', 'tests', 'images'))
     subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-build-isolation',
                     '--disable-pip-version-check', '--target', site, source], check=True)
     assert {path.name.split('-')[0] for path in site.iterdir()} - {'__pycache__'} == {'models_evit.py', 'evit'}

@@ -58,9 +58,11 @@ def test_token_flags_make_an_evit(capsys):
 def test_images_of_pretrained_weights():
     """The sizes and statistics that timm's configuration of the weights gives."""
     args = parse_args(['--model', 'eva02_base_patch14_448', '--pretrained'])
-    assert args.input_size == 448 and main.input_of(args.model, args.pretrained)[1].mean == (0.48145466, 0.4578275, 0.40821073)
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    assert args.input_size == 448 and main.input_of(args.model, args.pretrained)[1].mean == mean
     args = parse_args(['--model', 'vit_base_patch16_224.orig_in21k', '--pretrained', '--input-size', '96'])
-    assert args.input_size == 96 and main.input_of(args.model, args.pretrained)[1] == Preprocessing((0.5,) * 3, (0.5,) * 3, 'bicubic', 0.9)
+    expected = Preprocessing((0.5,) * 3, (0.5,) * 3, 'bicubic', 0.9)
+    assert args.input_size == 96 and main.input_of(args.model, args.pretrained)[1] == expected
     assert main.input_of(parse_args([]).model, pretrained=False) == (224, Preprocessing())
 
 

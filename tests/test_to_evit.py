@@ -47,7 +47,8 @@ KINDS = {
     'grouped queries': ('vit_base_patch16_sapiens2', dict(num_heads=4, num_kv_heads=2)),
 }
 KINDS = {kind: (name, options) for kind, (name, options) in KINDS.items() if timm.is_model(name)}
-CLASSLESS = {'without class token', 'map without class token', 'registers alone', 'eva without class token'} & KINDS.keys()
+CLASSLESS = ({'without class token', 'map without class token', 'registers alone', 'eva without class token'}
+             & KINDS.keys())
 kinds = pytest.mark.parametrize('kind', KINDS)
 
 

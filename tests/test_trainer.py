@@ -96,14 +96,16 @@ def test_resume_with_another_batch_size(image_folder, tmp_path, capsys, one_thre
     assert '[ 9/12]' in out and '[ 8/12]' not in out
 
 
-def test_start_step_with_other_accum_steps(capsys):
+def test_progress_with_other_accum_steps(capsys):
     training = build_trainer(parse_args(PLAIN))
     for accum_steps, progress, start in ((2, None, 0), (2, {'step': 4, 'num_steps': 6}, 4),
                                          (4, {'step': 6, 'num_steps': 6}, 6)):         # the last update may be smaller
         training.accum_steps, training.progress = accum_steps, progress
-        assert training.start_step(6) == start and capsys.readouterr().out == ''
+        training.rescale_progress(6)
+        assert training.start_step == start and training.progress == progress and capsys.readouterr().out == ''
     training.accum_steps, training.progress = 3, {'step': 4, 'num_steps': 6}
-    assert training.start_step(6) == 3 and training.progress == {'step': 3, 'num_steps': 6}
+    training.rescale_progress(6)
+    assert training.start_step == 3 and training.progress == {'step': 3, 'num_steps': 6}
     assert 'goes on at step 3' in capsys.readouterr().out
 
 
@@ -369,8 +371,7 @@ def test_line_about_a_slow_loader(share, lines, monkeypatch, capsys):
     training.loader = MagicMock()
     progress = types.SimpleNamespace(summary=lambda: {'loader_wait': share}, state_dict=dict)
     monkeypatch.setattr(training, 'train_one_epoch', lambda *_, **__: progress)
-    monkeypatch.setattr(training, 'start_step', lambda _: 0)
     assert training.train_epoch(training.model) == {'train_loader_wait': share}
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == lines and all('21% of the time' in line and all(
+    assert len(printed) == lines and all('21% of the time' in line and '1.3 times as fast' in line and all(
         name in line for name in ('--num-workers', '--fast-transforms', 'LMDB')) for line in printed)

@@ -302,7 +302,8 @@ def test_files_at_rate_1(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 * 4
     for i in range(2):
         for stage in range(3):
-            assert (tmp_path / f'img_{i}_block{3 * stage + 3}.jpg').read_bytes() == (tmp_path / f'img_{i}_a.jpg').read_bytes()
+            masked = tmp_path / f'img_{i}_block{3 * stage + 3}.jpg'
+            assert masked.read_bytes() == (tmp_path / f'img_{i}_a.jpg').read_bytes()
 
 
 def test_wrong_number_of_indices(tmp_path):
@@ -496,6 +497,7 @@ def test_patches_that_became_one_token(name, kwargs, size, grid):
 
 def test_sheets_of_merged_tokens():
     model, images = create(merge_token=True), random_images()
-    grid = draw_sheets(model, [(images, torch.zeros(3, dtype=torch.long))], ['a'] * 1000)[0]
-    dropped = draw_sheets(models_evit.to_evit(model, way='drop'), [(images, torch.zeros(3, dtype=torch.long))], ['a'] * 1000)[0]
+    batches, classes = [(images, torch.zeros(3, dtype=torch.long))], 1000 * ['a']
+    grid = draw_sheets(model, batches, classes)[0]
+    dropped = draw_sheets(models_evit.to_evit(model, way='drop'), batches, classes)[0]
     assert (np.asarray(dropped) == 0).all(-1).sum() > (np.asarray(grid) == 0).all(-1).sum()

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, SIGUSR2, SIGINT: all processes save and exit with 143 or 130. The resumed run equals another one."""
+"""SIGTERM, SIGUSR1, SIGUSR2, SIGINT: all processes save and exit with 143 or 130; resuming is exact."""
 import os
 import signal
 import time

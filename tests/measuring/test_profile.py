@@ -23,8 +23,8 @@ def test_profile_of_training_steps(tmp_path, capsys):
     file = tmp_path / 'kernels.txt'
     models = [f'deit_tiny_patch16_shrink_base@{rate}:32' for rate in (0.5, 0.7)]
     for _ in range(2):
-        assert speed_test.main(['--models', *models, '--device', 'cpu', '--train', '--batch-size', '2', '--windows', '1',
-                                '--window-seconds', '0.01', '--profile', str(file)]) == 0
+        assert speed_test.main(['--models', *models, '--device', 'cpu', '--train', '--batch-size', '2', '--windows',
+                                '1', '--window-seconds', '0.01', '--profile', str(file)]) == 0
     text = file.read_text()
     assert [text.count(f'{name}: ') for name in ('deit_tiny_patch16_shrink_base@0.5',
                                                  'deit_tiny_patch16_shrink_base@0.7')] == [1, 1]

@@ -237,7 +237,8 @@ def test_other_classes_than_the_checkpoint(classes, differences):
 
 
 @pytest.mark.parametrize('checkpoint, dataset', [
-    ({'classes': ['a', 'b']}, Named('a', 'b')), ({'classes': ['caf\u00e9']}, Named('cafe\u0301')), ({}, Named('a')), ({'classes': None}, Named('a')),
+    ({'classes': ['a', 'b']}, Named('a', 'b')), ({'classes': ['caf\u00e9']}, Named('cafe\u0301')),
+    ({}, Named('a')), ({'classes': None}, Named('a')),
     ({'classes': 1000}, Named('a')), ({'classes': {'a': 0}}, Named('b')),                  # of other programs
     ({'classes': ['a', 'b']}, Named('0', '1', has_class_names=False)),
     ({'classes': ['0', '1'], 'args': {'use_lmdb': True}}, Named('a', 'b'))], ids=str)

@@ -215,7 +215,8 @@ def test_full_shared_memory_without_a_name(capsys, monkeypatch):
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), 1,
      r'DataLoader worker \(pid 7\) is killed by signal: Killed. It may have run out of memory: .*'),
     (RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nTraceback (most recent call last):\n'
-                  'RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)'), 1,
+                  'RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device '
+                  '(28)'), 1,
      '/dev/shm, .* is full .* --shm-size 8g.*--num-workers 0'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader\'s workers '
                   'are out of shared memory. Please try to raise your shared memory limit.'), 1,

@@ -28,7 +28,8 @@ def process(folder, code, program=ROOT / 'main.py', arguments=(), **options):
 def script(folder, code):
     """A program whose function runs `code`, with stand-ins for what is heavy; → its path."""
     (folder / 'program_of_test.py').write_text(
-        f'import sys\nsys.path.insert(1, {str(ROOT)!r})\nfrom runtime.program import run_program, start\n'
+        f'import sys\nsys.path.insert(1, {str(ROOT)!r})\n'
+        'from runtime.failures import run_program\nfrom runtime.program import start\n'
         f'if __name__ == "__main__":\n    start("program_of_test")\n'
         f'def function():\n' + ''.join(f'    {line}\n' for line in code.splitlines()) +
         'def run():\n    run_program("program_of_test.py", function)\n')

@@ -154,7 +154,7 @@ def test_harmless_values_beside_the_weights(kind, zipped, tmp_path):
     torch.save(state, tmp_path / 'a.pth', _use_new_zipfile_serialization=zipped)
     for found, value in zip(load_checkpoint(str(tmp_path / 'a.pth'))['beside'], BESIDE[kind], strict=True):
         np.testing.assert_array_equal(found, value)
-        assert np.asarray(found).dtype.str[1:] == np.asarray(value).dtype.str[1:]                # but for the byte order
+        assert np.asarray(found).dtype.str[1:] == np.asarray(value).dtype.str[1:]            # but for the byte order
 
 
 def test_paths_and_queues(tmp_path):
