@@ -76,8 +76,7 @@ class TokenReorganization(FeatureMaps, WeighedPooling, ResizedPositions):
         """
         x, rope = self.embed(x)                                                        # (B, P + N, C)
         num_patches = x.shape[1] - self.num_prefix_tokens
-        x, stages = self.run_blocks(x, rope, keep_rate, kept_counts,
-                                    prefix_only=not self.training and self.reads_prefix_only())
+        x, stages = self.run_blocks(x, rope, keep_rate, kept_counts, prefix_only=self.reads_prefix_only())
         logits = self.classify(self.norm(x), stages, num_patches)
         return (logits, [stage.idx for stage in stages if stage]) if get_idx else logits
 

@@ -15,10 +15,11 @@ def fused(q, k, v, mask=None, dropout=0.):
 
 def plain(q, k, v, mask=None):
     """Two products and a softmax. Arguments as in `attention`."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                           # (B, H, N, M)
-    if mask is not None:
-        logits += mask
-    return logits.softmax(dim=-1) @ v
+    q = q * q.shape[-1] ** -0.5
+    if mask is not None:                               # one channel more costs less than adding it to the logits
+        q = F.pad(q, (0, 1), value=1.)
+        k = torch.cat([k, mask.transpose(-2, -1).to(k.dtype).expand(*k.shape[:-1], 1)], dim=-1)
+    return (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
 def attention(q, k, v, mask=None, dropout=0.):
@@ -27,7 +28,7 @@ def attention(q, k, v, mask=None, dropout=0.):
     Args:
         q: (B, H, N, D).
         k, v: (B, H, M, D).
-        mask: added to the logits, broadcast to (B, H, N, M), or None.
+        mask: (B or 1, 1, 1, M), added to the logits, or None.
         dropout: probability of leaving an attention weight out.
     Returns:
         (B, H, N, D).

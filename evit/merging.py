@@ -37,17 +37,18 @@ def merge_tokens(tokens, sizes, k):
         places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         candidate_places, target_places = split(places, num_targets)
 
-        similarities = candidates.detach() @ F.normalize(targets.detach(), dim=-1).transpose(1, 2)   # (B, M, T), scaled
-        best, nearest = similarities.max(dim=-1)                                       # (B, M) each
-        order = (best / candidates.detach().norm(dim=-1)).argsort(dim=1)               # the least similar first
+        lengths, target_lengths = split(x.detach().norm(dim=-1).clamp_min(1e-12), num_targets)         # (B, M), (B, T)
+        products = candidates.detach() @ targets.detach().transpose(1, 2)              # (B, M, T)
+        best, nearest = (products / target_lengths.unsqueeze(1)).max(dim=-1)           # (B, M) each
+        order = (best / lengths).argsort(dim=1)                                        # the least similar first
         staying, leaving = order.tensor_split([k - num_targets], dim=1)                # (B, k − T), (B, N − k)
         joins = nearest.gather(1, leaving)                                             # (B, N − k)
 
         ones = joins.unsqueeze(1) == torch.arange(num_targets, device=x.device).unsqueeze(-1)          # (B, T, N − k)
         weights = ones * candidate_sizes.gather(1, leaving).unsqueeze(1)
         merged_sizes = target_sizes + weights.sum(dim=-1)                              # (B, T)
-        merged = (target_sizes / merged_sizes).unsqueeze(-1) * targets
-        merged = merged + (weights / merged_sizes.unsqueeze(-1)) @ gather_rows(candidates, leaving)          # (B, T, C)
+        merged = torch.baddbmm((target_sizes / merged_sizes).unsqueeze(-1) * targets,
+                               weights / merged_sizes.unsqueeze(-1), gather_rows(candidates, leaving))       # (B, T, C)
         return (torch.cat([gather_rows(candidates, staying), merged], dim=1).to(tokens.dtype),
                 torch.cat([candidate_sizes.gather(1, staying), merged_sizes], dim=1),
                 torch.cat([candidate_places.gather(1, staying), target_places], dim=1),

@@ -171,6 +171,26 @@ def test_training_step_with_gradient_checkpointing(kind, merge):
         torch.testing.assert_close(weights[1][name], value)
 
 
+@kinds
+def test_last_block_in_training(kind):
+    """It computes what the head reads. Logits and gradients are those of the whole block, which a hook brings back."""
+    model, images = build(kind)
+    way = 'merge' if kind in CLASSLESS else 'fuse'
+    model, images = to_evit(model.double(), 0.7, (0, 1), way=way).train(), images.double()
+    block, lengths, results = model.blocks[-1], [], []
+    if getattr(model, 'rope_mixed', False):
+        model.rope.t_x, model.rope.t_y = model.rope.t_x.float(), model.rope.t_y.float()    # timm 1.0.24 needs that
+    block.feed_forward = lambda x: lengths.append(x.shape[1]) or type(block).feed_forward(block, x)
+    for _ in range(2):
+        torch.manual_seed(0)
+        logits = model(images)
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), model.parameters(), allow_unused=True)))
+        block.register_forward_hook(lambda *_: None)
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)
+    assert lengths == ([model.num_prefix_tokens] if model.global_pool == 'token' and kind != 'lvvit' else [])
+
+
 def test_merging_exports_without_a_scatter_with_reduction():
     model, images = build('eva02')
     model = to_evit(model, 0.7, (0, 2), merge_token=True)
