@@ -8,7 +8,6 @@ if __name__ == '__main__':                             # before the imports, whi
 
 import argparse
 import atexit
-import copy
 import math
 import sys
 from functools import partial
@@ -27,7 +26,7 @@ from models_evit import is_lvvit
 from runtime.arguments import (ArgumentParser, HelpFormatter, add_run_arguments, fraction, natural, non_negative,
                                positive, timm_model, with_dashes, within)
 from runtime.attention_priority import flash_first
-from runtime.checkpoint import (check_classes, find_checkpoint, load_finetune, load_run, load_teacher, load_weights,
+from runtime.checkpoint import (check_classes, find_checkpoint, load_evaluated, load_finetune, load_run, load_teacher,
                                 read_flags, refuse_checkpoints)
 from runtime.distributed import (ignore_stop_signals, init_process_group, kill_workers, leave_process_group, log, rank,
                                  world_size)
@@ -306,11 +305,12 @@ def run_mode(args, device):
     checkpoint = load_run(source, vars(args), evaluates_only(args)) if source else None
     loader_train, loader_val, mask_loader = build_loaders(args, device)
     num_classes = len(loader_val.dataset.classes)
+    model = build_model(args, num_classes, pretrained=args.pretrained and not source and not args.finetune)
+    average = None
     if checkpoint:
         check_classes(checkpoint, loader_val.dataset, source)
-    model = build_model(args, num_classes, pretrained=args.pretrained and not source and not args.finetune)
     if evaluates_only(args) and source:
-        load_weights(model, checkpoint['model'], source)
+        average = load_evaluated(model, checkpoint, source, with_average=args.eval and args.model_ema)
     elif args.finetune and not source:
         load_finetune(model, args.finetune, loader_val.dataset)
     model.to(device, memory_format=memory_format)
@@ -321,10 +321,7 @@ def run_mode(args, device):
     evaluate_model = partial(evaluate, loader=loader_val, device=device, amp_dtype=amp_dtype, compiled=args.compile,
                              sharded=args.dist_eval, print_freq=args.print_freq)
     if args.eval:
-        average = None
-        if args.model_ema and source and checkpoint.get('model_ema'):
-            load_weights(average := copy.deepcopy(model), checkpoint['model_ema'], f'model_ema of {source}')
-        evaluate_model(model, average=average)
+        evaluate_model(model, average=average and average.to(device, memory_format=memory_format))
     elif args.visualize_mask:
         images = visualize(model, loader_val, args.n_visualization, args.output_dir or 'visualization', args.batch_size,
                            device, amp_dtype, args.num_workers, args.pin_mem)

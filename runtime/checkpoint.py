@@ -1,6 +1,7 @@
 """Checkpoints: write, find and load them, for resuming, finetuning and evaluating."""
 import argparse
 import contextlib
+import copy
 import dataclasses
 import io
 import math
@@ -265,6 +266,16 @@ def load_weights(model, weights, source, optional=()):
         more = f'; and {len(differences) - 3} more' if len(differences) > 3 else ''
         raise InputError(f'{source} is a checkpoint of another model: {"; ".join(differences[:3])}{more}')
     model.load_state_dict(weights, strict=False)
+
+
+def load_evaluated(model, checkpoint, source, with_average):
+    """Load the weights of a run; → a copy of the model with their moving average, None if it is not wanted or saved."""
+    load_weights(model, checkpoint['model'], source)
+    if not (with_average and checkpoint.get('model_ema')):
+        return None
+    average = copy.deepcopy(model)
+    load_weights(average, checkpoint['model_ema'], f'model_ema of {source}')
+    return average
 
 
 def load_finetune(model, source, dataset=None):
