@@ -69,6 +69,9 @@ def parse_args(argv):
     fill_data_arguments(args, parser)
     trained = read_flags(args.resume, args.output_dir) if args.resume else None
     is_evit = fill_model_arguments(args, parser, trained, as_evit=True)
+    if args.token_counts:
+        parser.error(f'the checkpoint has token_counts {args.token_counts}, at which a curve has no rates; give '
+                     '--base-keep-rate to replace them, or evaluate it with main.py --eval')
     args.measure_speed = bool(args.keep_rates)
     if not args.keep_rates:
         args.keep_rates = [args.base_keep_rate if is_evit else 1.]

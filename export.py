@@ -87,7 +87,7 @@ class Exportable(nn.Module):
 
     Args:
         model: in eval mode, of any dtype.
-        preprocessing: `datasets.Preprocessing`.
+        preprocessing: `Preprocessing`.
         normalize: None, 'bytes' or 'floats', what the images are.
         kept: whether to return the kept patches.
     """

@@ -353,7 +353,9 @@ def log_setting(args, model, loader_train, loader_val, device, amp_dtype):
 
 
 def log_notes(args, num_steps):
-    """Say which flags do not suit the length of the run; an epoch has `num_steps` steps."""
+    """Say which flags do not suit the length of the run, in which an epoch has `num_steps` steps, or save nothing."""
+    if not args.output_dir:
+        log('note: nothing will be saved; give --output-dir')
     if args.warmup_epochs >= args.epochs:
         log(f'note: the warm-up of {args.warmup_epochs} epochs is not shorter than the run of {args.epochs}: the '
             'learning rate only rises; lower --warmup-epochs')

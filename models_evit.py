@@ -30,7 +30,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer, 
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from evit.blocks import (AttentionRope, EViTAttention, EViTBlock, EViTEvaAttention, EViTEvaBlock, EViTEvaBlockPostNorm,
-                         EViTMlp, EViTRopeAttention)
+                         EViTMlp, EViTRopeAttention, is_hooked)
 from evit.feature_maps import FeatureMaps
 from evit.lvvit import LVViT
 from evit.pooling import WeighedPooling
@@ -132,10 +132,10 @@ class TokenReorganization(FeatureMaps, WeighedPooling, ResizedPositions):
         return checkpoint(block, x, use_reentrant=False, **saved)
 
     def reads_prefix_only(self):
-        """Whether the head reads the prefix tokens only, and nobody watches the last block by a hook."""
+        """Whether the head reads the prefix tokens only, and nobody watches the last block or the norm by a hook."""
         if self.global_pool != 'token' or self.cls_token is None or getattr(self, 'attn_pool', None) is not None:
             return False
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.blocks[-1].modules())
+        return not any(is_hooked(module) for part in (self.blocks[-1], self.norm) for module in part.modules())
 
     def block_keep_rates(self, keep_rate=None):
         """The rate of each block for the `keep_rate` of `forward`; ValueError if it is not valid."""
@@ -276,7 +276,7 @@ def from_evit(model):
     swap_classes(model, TIMM_CLASSES)
     del model.token_settings
     for block in model.blocks:
-        del block.token_settings, block.keep_rate, block.num_prefix_tokens
+        del block.token_settings, block._keep_rate, block.num_prefix_tokens
     return model
 
 

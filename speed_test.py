@@ -3,7 +3,7 @@
     python speed_test.py --models deit_small_patch16_shrink_base@0.7 deit_small_patch16_224
 
 Without --models, it compares the backbones of the paper's Figure 4. Models are timed in turn, so that the ratios hold
-on a machine whose speed varies. `benchmark.py` measures a model from Python.
+on a machine whose speed varies. `measuring/benchmark.py` measures a model from Python.
 """
 if __name__ == '__main__':                             # before the imports, which take seconds: see `start`
     from runtime.program import start

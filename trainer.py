@@ -31,7 +31,8 @@ LONG_WAIT = 0.2                                        # share of an epoch that 
 class Trainer:
     """A training run: the state that a checkpoint holds, and the loop over epochs that changes it.
 
-    Random numbers are not part of the state: every draw is a function of seed, epoch and position (`utils.seed_all`).
+    Random numbers are not part of the state: every draw is a function of seed, epoch and position
+    (`runtime.utils.seed_all`).
 
     How a run continues within an epoch: `progress` is the state of the epoch's `Progress` after some update, with the
     step reached and the sums for the log, of all processes. `rescale_progress` finds the corresponding step if the

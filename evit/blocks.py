@@ -103,10 +103,15 @@ class EViTMlp(Mlp):
 
     def owns_hidden_layer(self):
         """Whether nothing but GELU gets to see the output of `fc1`."""
-        hooks = (self.fc1._forward_hooks, self.act._forward_hooks, self.act._forward_pre_hooks,
-                 _global_forward_hooks, _global_forward_pre_hooks)
         return (not torch.is_grad_enabled() and type(self.fc1) is nn.Linear and type(self.act) is nn.GELU
-                and not any(hooks))
+                and not is_hooked(self.fc1) and not is_hooked(self.act)
+                and not _global_forward_hooks and not _global_forward_pre_hooks)
+
+
+def is_hooked(module):
+    """Whether a hook of its own sees the inputs, the outputs or the gradients of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
 
 
 class ReorganizingBlock:
@@ -116,6 +121,15 @@ class ReorganizingBlock:
     distillation, registers) are protected: they are never dropped, fused or merged. A block that keeps all tokens runs
     timm's own forward.
     """
+
+    @property
+    def keep_rate(self):
+        """The fraction of tokens to keep."""
+        return float(self._keep_rate)
+
+    @keep_rate.setter
+    def keep_rate(self, rate):
+        self._keep_rate = repr(rate)                   # torch.compile would make a float that changes a variable
 
     def forward(self, x, keep_rate=None, k=None, sizes=None, prefix_only=False, get_idx=False, get_tokens=False,
                 get_scores=False, **kwargs):

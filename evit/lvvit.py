@@ -1,7 +1,7 @@
 """LV-ViT: timm's vision transformer with a convolutional stem and a second classifier, for the patch tokens.
 
-Model: "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (NeurIPS 2021). `token_labels.py` has
-the labels of the patch tokens.
+Model: "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (NeurIPS 2021).
+`formats/token_labels.py` has the labels of the patch tokens.
 """
 import torch.nn as nn
 import torch.nn.functional as F

@@ -87,7 +87,8 @@ def observe(model, images, keep_rate=None):
         images: (B, 3, H, W), normalised, on the model's device.
         keep_rate: as in the model's `forward`.
     """
-    stage_blocks = model.token_settings.blocks(len(model.blocks))
+    settings = model.token_settings
+    stage_blocks = () if settings.token_counts else settings.blocks(len(model.blocks))
     blocks = [i for i, rate in enumerate(model.block_keep_rates(keep_rate)) if rate < 1 or i in stage_blocks]
     with eval_mode(model):
         x, rope = model.embed(images)                                                  # (B, P + N, C)

@@ -38,7 +38,8 @@ class TokenSettings:
             raise ValueError(f'the keep rate must lie in (0, 1], not {self.base_keep_rate}')
         for name, value, table in (('way', self.way, WAYS), ('score', self.score, SCORES)):
             if value not in table:
-                raise ValueError(f'there is no {name} {value!r}, but {", ".join(table)}')
+                raise ValueError(f'there is no {name} {value!r}, but {", ".join(table)}; one of your own must be in '
+                                 f'the table {name.upper()}S')
 
     def updated(self, base_keep_rate=None, drop_loc=None, fuse_token=None, merge_token=None, uniform=None,
                 token_counts=None, way=None, score=None):
@@ -48,13 +49,19 @@ class TokenSettings:
         rate or blocks take the place of token counts.
         """
         if fuse_token and merge_token:
-            raise ValueError('tokens are either fused (fuse_token) or merged (merge_token)')
-        for flag, its_way in ((fuse_token, 'fuse'), (merge_token, 'merge')):
+            raise ValueError('tokens are either fused (fuse_token) or merged (merge_token); to merge where they are '
+                             'fused, give fuse_token=False, --no-fuse-token')
+        flags = {'fuse': fuse_token, 'merge': merge_token}
+        for its_way, flag in flags.items():
             if flag and way not in (None, its_way):
                 raise ValueError(f'way {way!r} and {its_way}_token=True exclude each other')
-            way = its_way if flag else 'drop' if flag is False and way is None and self.way == its_way else way
+        if way is None:
+            way = next((its_way for its_way, flag in flags.items() if flag), None)
+        if way is None and flags.get(self.way) is False:
+            way = 'drop'
         named = {'base_keep_rate': base_keep_rate, 'way': way, 'score': score, 'uniform': uniform,
-                 'drop_loc': drop_loc and tuple(drop_loc), 'token_counts': token_counts and tuple(token_counts)}
+                 'drop_loc': None if drop_loc is None else tuple(drop_loc),
+                 'token_counts': token_counts and tuple(token_counts)}
         named = {name: value for name, value in named.items() if value is not None}
         if named.keys() & {'base_keep_rate', 'drop_loc', 'uniform'}:
             named.setdefault('token_counts', None)

@@ -61,7 +61,7 @@ class Evaluation:
         file: Path of the state, JSON. Rows that are complete in it are not evaluated again, the others continue.
         settings: dict of what the sums depend on, beside the weights and the number of processes.
         sharded: each process has its share of the images, as in `engine.evaluate`.
-        neighbours: `knn.Neighbours` to classify by instead of the head, or None.
+        neighbours: `measuring.knn.Neighbours` to classify by instead of the head, or None.
     Raises:
         InputError: the file has other settings.
     """

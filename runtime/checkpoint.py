@@ -207,7 +207,8 @@ def trained_flags(checkpoint):
     trained = checkpoint.get('args') or {}
     trained = dict(vars(trained) if isinstance(trained, argparse.Namespace) else trained)
     if isinstance(trained.get('drop_loc'), str):
-        trained['drop_loc'] = block_numbers(trained['drop_loc'])
+        blocks = block_numbers(trained['drop_loc'])
+        trained['drop_loc'] = None if blocks == (3, 6, 9) else blocks      # its default; merging has another one
     return trained
 
 
@@ -243,8 +244,8 @@ def load_run(source, settings, evaluates_only):
     fields = token_fields(settings)
     if trained.get('token_counts') or settings.get('token_counts'):       # which take their place
         fields = [name for name in fields if name not in ('base_keep_rate', 'drop_loc', 'uniform')]
-    for name in (*MODEL_FLAGS, *fields, *(() if evaluates_only else schedule)):
-        if name in trained and str(trained[name] or '') != str(settings[name] or ''):
+    for name in (*MODEL_FLAGS, 'data_set', *fields, *(() if evaluates_only else schedule)):
+        if name in trained.keys() & settings.keys() and str(trained[name] or '') != str(settings[name] or ''):
             log(f'note: {source} was trained with {name} {trained[name]}, this run has {settings[name]}')
     return checkpoint
 

@@ -128,12 +128,13 @@ def add_model_arguments(parser):
     add('--base-keep-rate', type=keep_rate, help='fraction of tokens that a reorganising block keeps (default: of the '
         'model, or 0.7)')
     add('--fuse-token', action=on_off, help='fuse the other tokens into one instead of dropping them (default: off)')
-    add('--merge-token', action=on_off, help='merge each of them into the most similar kept token (default: off)')
+    add('--merge-token', action=on_off, help='merge the tokens that are most similar to others into these (default: '
+        'off)')
     add('--drop-loc', type=block_numbers, help='numbers of the blocks that reorganise tokens, from 0 (default: '
-        'depth/4, depth/2, 3·depth/4)')
+        'depth/4, depth/2, 3·depth/4; to merge, 0, 1, 3, 5, … to 3·depth/4)')
     add('--keep-schedule', choices=['stages', 'uniform'], help='in these blocks (default), or spread over all blocks')
     add('--token-counts', type=token_counts, metavar='N,N,…|FILE.json', help='instead of rate and blocks: how many '
-        'tokens leave each block, the class token included')
+        'tokens leave each block, class and fused token and registers included')
     add('--token-way', choices=[*WAYS], help='what becomes of the other tokens, by name (default: drop)')
     add('--token-score', choices=[*SCORES], help='what ranks the tokens (default: class_attention)')
     model = parser.add_argument_group('model')

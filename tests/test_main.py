@@ -8,6 +8,7 @@ import timm
 import torch
 from PIL import Image
 
+import curve
 import folder2lmdb
 import main
 import visualize_mask
@@ -399,6 +400,9 @@ def test_token_counts(tmp_path, capsys):
     assert accuracy_lines(evaluated) == accuracy_lines(trained) and 'note' not in evaluated
     main.main(parse_args([*flags, '17,17,9,4']))
     assert 'trained with token_counts (17, 17, 9, 5), this run has (17, 17, 9, 4)' in capsys.readouterr().out
+    with pytest.raises(SystemExit):                    # a curve has rates
+        curve.parse_args(['--resume', flags[flags.index('--resume') + 1], '--knn', '5'])
+    assert 'has token_counts (17, 17, 9, 5)' in capsys.readouterr().err
 
 
 def test_finetune_at_another_resolution(digits_run, tmp_path, capsys):

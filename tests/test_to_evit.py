@@ -191,6 +191,27 @@ def test_last_block_in_training(kind):
     assert lengths == ([model.num_prefix_tokens] if model.global_pool == 'token' and kind != 'lvvit' else [])
 
 
+@pytest.mark.parametrize('register', ['register_forward_hook', 'register_full_backward_hook'])
+def test_hook_on_the_norm(register):
+    """It sees all tokens."""
+    model, images = build('class token')
+    lengths = []
+    model = to_evit(model, 0.5, (0,))
+    getattr(model.norm, register)(lambda module, before, after: lengths.append(after[0].shape[-2]))
+    model(images).sum().backward()
+    assert lengths == [1 + 8]
+
+
+@pytest.mark.parametrize('way', ['fuse', 'merge'])
+def test_compiled_at_another_rate(way):
+    model, images = build('class token')
+    compiled = torch.compile(to_evit(model, 0.7, way=way), backend='aot_eager')
+    for rate in 0.7, 0.5, 0.3:
+        to_evit(model, rate)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images), model(images))
+
+
 def test_merging_exports_without_a_scatter_with_reduction():
     model, images = build('eva02')
     model = to_evit(model, 0.7, (0, 2), merge_token=True)
@@ -370,6 +391,8 @@ def test_settings_of_an_evit():
         assert model.kept_counts() == (None, 138, None, None)
     # Settings that are not named stay; the fused token counts
     assert to_evit(model, 0.5, iter([2, 3])).kept_counts() == (None, None, 98, 50)
+    assert to_evit(model, fuse_token=False, merge_token=True).token_settings == TokenSettings(0.5, (2, 3), 'merge')
+    assert to_evit(model, merge_token=False, fuse_token=True).token_settings == TokenSettings(0.5, (2, 3), 'fuse')
     assert to_evit(model, fuse_token=False).token_settings == TokenSettings(0.5, (2, 3), 'drop')
     counts = 197, 197, 99, 99
     assert to_evit(model, token_counts=counts, way='merge').token_settings == TokenSettings(0.5, (2, 3), 'merge',

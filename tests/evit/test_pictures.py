@@ -132,6 +132,11 @@ def test_rate_1():
     assert observe(create(drop_loc=()), random_images()).kept.shape == (3, 0, 4, 4)
 
 
+def test_stages_of_token_counts():
+    model = create(token_counts=2 * (17,) + 2 * (9,) + 8 * (5,))
+    assert observe(model, random_images()).blocks == [2, 4] and len(model(random_images(), get_idx=True)[1]) == 2
+
+
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_observed_model_is_unchanged(checkpointing):
     model, images = create(TINY_DISTILLED, proj_drop_rate=0.5, drop_path_rate=0.5), random_images()

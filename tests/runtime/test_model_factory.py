@@ -85,6 +85,8 @@ def test_registers_finetuned_evaluated_resumed_and_visualized(tmp_path, capsys):
     main.main(parse_args(data))
     evaluated = capsys.readouterr().out
     assert all(line in evaluated for line in accuracies) and 'was trained with' not in evaluated
+    main.main(parse_args([*data, '--data-set', 'BOARD_DIGITS']))
+    assert 'was trained with data_set DIGITS, this run has BOARD_DIGITS' in capsys.readouterr().out
     main.main(parse_args([*data, '--base_keep_rate', '1']))
     assert 'was trained with base_keep_rate 0.7, this run has 1.0' in capsys.readouterr().out
     main.main(parse_args([*REGISTERS, '--epochs', '2', '--resume', 'auto', '--output_dir', str(folder)]))
