@@ -26,7 +26,7 @@ else
     recipe=(--model "${model:-deit_tiny_patch16_shrink_base}" --base_keep_rate 0.7 --fuse_token --drop_loc 2,3,4
         --model-kwargs patch_size=4 embed_dim=64 num_heads=4 depth=6
         --data-set BOARD_DIGITS --input-size 32 --batch-size 32 --num_workers 1 --eval-interval 5
-        --epochs 40 --warmup-epochs 5 --shrink_start_epoch 10 --shrink_epochs 20
+        --epochs 60 --warmup-epochs 5 --shrink_start_epoch 15 --shrink_epochs 30
         --lr 2.4e-2 --clip-grad 1 --drop-path 0 --no-model-ema
         --mixup 0 --cutmix 0 --aa '' --color-jitter 0 --reprob 0 --no-repeated-aug)
 fi
