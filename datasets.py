@@ -1,4 +1,4 @@
-"""Data sets, their transforms, and the way from there to normalised batches on the device."""
+"""From the names of a data set to normalised batches of it on the device."""
 import json
 from functools import partial
 from pathlib import Path

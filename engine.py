@@ -1,4 +1,4 @@
-"""One epoch of training, one evaluation, and the schedule of the keep rate."""
+"""One pass over a data set: an epoch of training, with its keep rate, or an evaluation."""
 import contextlib
 import math
 

@@ -1,4 +1,4 @@
-"""The state that a checkpoint holds, and the loop over epochs that changes it."""
+"""A training run: the loop over epochs, which changes the state that a checkpoint holds."""
 import datetime
 import time
 from functools import partial

@@ -1,4 +1,4 @@
-"""The attention and the blocks of timm's vision transformers, which can reorganise their tokens."""
+"""timm's blocks, made to reorganise their tokens."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

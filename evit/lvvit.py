@@ -1,4 +1,4 @@
-"""LV-ViT: timm's vision transformer with a convolutional stem and a second classifier, for the patch tokens.
+"""LV-ViT: timm's vision transformer with a convolutional stem, whose patch tokens are classified, too.
 
 Model: "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (NeurIPS 2021).
 `formats/token_labels.py` has the labels of the patch tokens.

@@ -1,4 +1,4 @@
-"""Merging as pure functions: which tokens join which, and what becomes of them.
+"""The merging of similar tokens as pure functions.
 
 The pairs are those of Token Merging (ICLR 2023, §3): two sets in turn, of which the first looks for its nearest in the
 second. What differs: similarity is that of the tokens themselves instead of their keys; the tokens join by a matrix

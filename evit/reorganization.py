@@ -1,4 +1,4 @@
-"""The method of EViT as pure functions: which tokens a block keeps, and what becomes of the others."""
+"""The method of EViT as pure functions: what becomes of the tokens of a block."""
 from typing import Callable, NamedTuple
 
 import torch

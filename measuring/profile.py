@@ -1,4 +1,4 @@
-"""The kernels of a measured pass: how many, how long each takes, and how busy they keep the device."""
+"""The kernels of a measured pass: their number, their times, the share in which one runs."""
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 

@@ -1,4 +1,4 @@
-"""Command lines: types of arguments, and a parser whose errors are one line."""
+"""Command lines whose errors are one line."""
 import argparse
 import ast
 import json

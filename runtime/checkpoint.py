@@ -1,4 +1,4 @@
-"""Checkpoints: write, find and load them, for resuming, finetuning and evaluating."""
+"""The checkpoints of a run, from writing to loading."""
 import argparse
 import contextlib
 import copy

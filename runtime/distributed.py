@@ -1,4 +1,4 @@
-"""The process group: how processes meet, reduce tensors, and agree to stop."""
+"""The process group, from meeting to leaving."""
 import contextlib
 import datetime
 import multiprocessing

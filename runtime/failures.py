@@ -1,4 +1,4 @@
-"""What happens when one of several processes fails: the others learn why and end, and the console shows it once."""
+"""How a run fails: every process ends, the cause is shown once."""
 import contextlib
 import errno
 import itertools

@@ -1,4 +1,4 @@
-"""Models by name: timm's, as they are or turned into an EViT, and the flags that name them."""
+"""Models by name and flags: timm's, as they are or turned into an EViT."""
 import argparse
 import difflib
 import inspect

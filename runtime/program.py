@@ -1,4 +1,4 @@
-"""How every program begins: its console and Ctrl-C.
+"""How every program begins.
 
 Nothing heavy is imported here, so that Ctrl-C is heeded from the first moment.
 """
