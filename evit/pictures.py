@@ -146,8 +146,10 @@ def draw_sheets(model, batches, classes, keep_rate=None, mean=IMAGENET_DEFAULT_M
             for rows, stages in ((grid, stage_images(images, seen, *settings)),
                                  (attention, attention_images(images, seen.attention, *settings))):
                 rows += to_bytes(torch.cat([inputs, stages], dim=1))
-            captions += [(f'true: {classes[label]}', f'predicted: {classes[guess]}')
-                         for label, guess in zip(labels.tolist(), seen.logits.argmax(1).tolist())]
+            lines = [[f'true: {classes[label]}' for label in labels.tolist()]]
+            if model.num_classes:                      # a backbone without a head predicts nothing
+                lines.append([f'predicted: {classes[guess]}' for guess in seen.logits.argmax(1).tolist()])
+            captions += zip(*lines)
     headers = ['input image', *(f'block {block}' for block in seen.blocks)]
     return contact_sheet(grid, headers, captions), contact_sheet(attention, headers, captions)
 

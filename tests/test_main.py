@@ -351,9 +351,12 @@ def test_folder_that_holds_a_run(digits_run, tmp_path, capsys):
     (['--model-ema', '--epochs', '3', '--accum-steps', '7'], 'but the run has 9: '),
     (['--model-ema', '--epochs', '3', '--model-ema-decay', '0.9'], '')], ids=lambda value: ''.join(value)[:40])
 def test_notes_on_the_length_of_the_run(flags, note, capsys):
-    main.log_notes(parse_args([*TINY, '--no-model-ema', *flags]), num_steps=20)
+    flags = [*TINY, '--no-model-ema', *flags]
+    main.log_notes(parse_args([*flags, '--output-dir', 'a']), num_steps=20)
     printed = capsys.readouterr().out
     assert printed.count('note: ') == printed.count('\n') == bool(note) and note in printed
+    main.log_notes(parse_args(flags), num_steps=20)
+    assert capsys.readouterr().out == 'note: nothing will be saved; give --output-dir\n' + printed
 
 
 def test_start_of_the_schedule_by_default():

@@ -132,6 +132,12 @@ def test_rate_1():
     assert observe(create(drop_loc=()), random_images()).kept.shape == (3, 0, 4, 4)
 
 
+def test_sheets_of_a_backbone_without_a_head():
+    batches = [(random_images(), torch.zeros(3, dtype=torch.long))]
+    without, with_head = (draw_sheets(create(num_classes=n), batches, ['a'] * 10)[0] for n in (0, 10))
+    assert without.width == with_head.width and without.height < with_head.height
+
+
 def test_stages_of_token_counts():
     model = create(token_counts=2 * (17,) + 2 * (9,) + 8 * (5,))
     assert observe(model, random_images()).blocks == [2, 4] and len(model(random_images(), get_idx=True)[1]) == 2
