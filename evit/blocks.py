@@ -129,7 +129,7 @@ class ReorganizingBlock:
 
     @keep_rate.setter
     def keep_rate(self, rate):
-        self._keep_rate = repr(rate)                   # torch.compile would make a float that changes a variable
+        self._keep_rate = repr(float(rate))            # torch.compile would make a float that changes a variable
 
     def forward(self, x, keep_rate=None, k=None, sizes=None, prefix_only=False, get_idx=False, get_tokens=False,
                 get_scores=False, **kwargs):

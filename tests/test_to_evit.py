@@ -4,6 +4,7 @@ import pickle
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -390,7 +391,7 @@ def test_settings_of_an_evit():
         assert type(model) is EViT and model.token_settings == TokenSettings(0.7, (1,), 'fuse')
         assert model.kept_counts() == (None, 138, None, None)
     # Settings that are not named stay; the fused token counts
-    assert to_evit(model, 0.5, iter([2, 3])).kept_counts() == (None, None, 98, 50)
+    assert to_evit(model, np.float64(0.5), iter([2, 3])).kept_counts() == (None, None, 98, 50)
     assert to_evit(model, fuse_token=False, merge_token=True).token_settings == TokenSettings(0.5, (2, 3), 'merge')
     assert to_evit(model, merge_token=False, fuse_token=True).token_settings == TokenSettings(0.5, (2, 3), 'fuse')
     assert to_evit(model, fuse_token=False).token_settings == TokenSettings(0.5, (2, 3), 'drop')
