@@ -76,7 +76,9 @@ class TokenReorganization(FeatureMaps, WeighedPooling, ResizedPositions):
         """
         x, rope = self.embed(x)                                                        # (B, P + N, C)
         num_patches = x.shape[1] - self.num_prefix_tokens
-        x, stages = self.run_blocks(x, rope, keep_rate, kept_counts, prefix_only=self.reads_prefix_only())
+        reorganises = self.block_keep_rates(keep_rate)[-1] < 1 if kept_counts is None else kept_counts[-1] is not None
+        prefix_only = self.reads_prefix_only() and not (get_idx and reorganises)
+        x, stages = self.run_blocks(x, rope, keep_rate, kept_counts, prefix_only=prefix_only)
         logits = self.classify(self.norm(x), stages, num_patches)
         return (logits, [stage.idx for stage in stages if stage]) if get_idx else logits
 
@@ -95,7 +97,8 @@ class TokenReorganization(FeatureMaps, WeighedPooling, ResizedPositions):
             rope: as `embed` returns it.
             keep_rate, kept_counts: as in `forward`.
             observed: blocks whose scores are returned, too.
-            prefix_only: whether the last block may leave out the tokens after the prefix tokens.
+            prefix_only: whether nothing of the last block is read but the prefix tokens, neither other tokens nor
+                positions; a block that is observed is computed whole.
         Returns:
             tokens (B, P + n, C), and for each block its `Reorganization`, None if it kept all tokens.
         """
