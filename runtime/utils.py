@@ -1,5 +1,6 @@
 """What every program shares: errors, random seeds, precision, files that are written completely or not at all."""
 import contextlib
+import ctypes
 import os
 import random
 import re
@@ -51,13 +52,29 @@ def seed_all(*key):
 
 
 def choose_kernels(device, deterministic=False):
-    """Enable cuDNN autotuning and, on a GPU, TF32 matrix products; or only kernels that repeat their results."""
+    """Enable cuDNN autotuning and, on a GPU, TF32 matrix products; or only kernels that repeat their results.
+
+    Freed memory is kept, also by processes that are forked then, as those that load images are.
+    """
+    keep_freed_memory()
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')        # cuBLAS reads it at its first product
         torch.use_deterministic_algorithms(True)
+
+
+def keep_freed_memory():
+    """Let glibc keep up to 64 MiB that is freed, instead of giving it back and clearing pages for the next tensors.
+
+    It adapts its thresholds itself, up to these, but only as large tensors are freed.
+    """
+    trim_threshold, mmap_threshold = -1, -3            # as <malloc.h> numbers them
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt:
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 64 << 20)
 
 
 def choose_amp_dtype(name, device):

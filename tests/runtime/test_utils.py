@@ -1,10 +1,14 @@
 import os
+import platform
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT
 from runtime.utils import atomic_write, choose_kernels, one_line, seed_all
 
 
@@ -34,6 +38,25 @@ def test_deterministic_kernels(deterministic, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries have no such thresholds')
+def test_freed_memory_is_kept():
+    """Tensors after the first ones get pages that the process has already."""
+    code = """
+import resource, sys, torch
+from runtime.utils import choose_kernels
+if sys.argv[1:]:
+    choose_kernels(torch.device('cpu'))
+for _ in range(13):
+    faults = faults if _ > 3 else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(1 << 20) for _ in range(12)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+    default, kept = (int(subprocess.run([sys.executable, '-c', code, *flags], cwd=ROOT, check=True, text=True,
+                                        capture_output=True).stdout) for flags in ([], ['keep']))
+    assert kept < 100 < default
 
 
 @pytest.mark.parametrize('message, line', [
