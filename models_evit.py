@@ -76,8 +76,7 @@ class TokenReorganization(FeatureMaps, WeighedPooling, ResizedPositions):
         """
         x, rope = self.embed(x)                                                        # (B, P + N, C)
         num_patches = x.shape[1] - self.num_prefix_tokens
-        prefix_only = self.reads_prefix_only() and not (get_idx and self.reorganizes_last(keep_rate, kept_counts))
-        x, stages = self.run_blocks(x, rope, keep_rate, kept_counts, prefix_only=prefix_only)
+        x, stages = self.run_blocks(x, rope, keep_rate, kept_counts, prefix_only=self.reads_prefix_only())
         logits = self.classify(self.norm(x), stages, num_patches)
         return (logits, [stage.idx for stage in stages if stage]) if get_idx else logits
 
@@ -96,8 +95,7 @@ class TokenReorganization(FeatureMaps, WeighedPooling, ResizedPositions):
             rope: as `embed` returns it.
             keep_rate, kept_counts: as in `forward`.
             observed: blocks whose scores are returned, too.
-            prefix_only: whether nothing of the last block is read but the prefix tokens, neither other tokens nor
-                positions; a block that is observed is computed whole.
+            prefix_only: whether the last block may leave out the tokens after the prefix tokens.
         Returns:
             tokens (B, P + n, C), and for each block its `Reorganization`, None if it kept all tokens.
         """
@@ -138,10 +136,6 @@ class TokenReorganization(FeatureMaps, WeighedPooling, ResizedPositions):
         if self.global_pool != 'token' or self.cls_token is None or getattr(self, 'attn_pool', None) is not None:
             return False
         return not any(is_hooked(module) for part in (self.blocks[-1], self.norm) for module in part.modules())
-
-    def reorganizes_last(self, keep_rate=None, kept_counts=None):
-        """Whether the last block does not keep all tokens, for these arguments of `forward`."""
-        return self.block_keep_rates(keep_rate)[-1] < 1 if kept_counts is None else kept_counts[-1] is not None
 
     def block_keep_rates(self, keep_rate=None):
         """The rate of each block for the `keep_rate` of `forward`; ValueError if it is not valid."""

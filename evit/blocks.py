@@ -139,8 +139,8 @@ class ReorganizingBlock:
             keep_rate: fraction of the N tokens to keep; None for the block's own rate.
             k: number of tokens to keep, instead of a rate.
             sizes: (B, N), how many patches each token stands for, if they were merged (proportional attention).
-            prefix_only: unless scores are asked for, compute the protected ones only, (B, P, C).
-            get_idx: also return the `Reorganization`, None if all tokens were kept or the protected ones computed only.
+            prefix_only: if all tokens are kept, compute the protected ones only, (B, P, C).
+            get_idx: also return the `Reorganization`, None if all tokens were kept.
             get_tokens: with the tokens before and after.
             get_scores: with their scores, also if all tokens were kept.
             kwargs: what the attention takes, such as `rope`.
@@ -151,10 +151,11 @@ class ReorganizingBlock:
             k = num_kept(num_tokens, self.keep_rate if keep_rate is None else keep_rate)
         if sizes is not None:
             kwargs['attn_mask'] = size_bias(sizes, num_prefix, x.dtype)
-        if prefix_only and not get_scores:
-            x = self.feed_forward(self.attend(x, num_queries=num_prefix, **kwargs)[0])
-        elif k >= num_tokens and not get_scores:
-            x = super().forward(x, **kwargs)
+        if k >= num_tokens and not get_scores:
+            if prefix_only:
+                x = self.feed_forward(self.attend(x, num_queries=num_prefix, **kwargs)[0])
+            else:
+                x = super().forward(x, **kwargs)
         else:
             score = SCORES[settings.score] if way.needs_scores or get_scores else None
             x, scores = self.attend(x, score=score, **kwargs)
